@@ -1,0 +1,1 @@
+"""Health checks: whether a real server can take clients."""

@@ -1,0 +1,1 @@
+"""Following: where a real server listens for the services that follow another."""

@@ -1,0 +1,1 @@
+"""Persistence: by which keys a returning client is recognised."""
