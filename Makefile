@@ -1,0 +1,59 @@
+# make run · make test · make check · make bench: each makes the virtual environment that it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench constraints clean
+
+help:
+	@echo 'make run      a demonstration on loopback: no root, ends by itself after about a minute'
+	@echo 'make test     every test that this machine allows'
+	@echo 'make check    format, lint, types, imports, packaging'
+	@echo 'make bench    Sapin beside direct, nginx and pen; results under build/'
+
+run: $(VENV)/run.stamp
+	$(BIN)/sapin demo
+
+test: $(VENV)/dev.stamp
+	@deploy/install-apt.sh deploy/apt-packages.txt || echo 'The tests that need them are skipped, or fail where CI is set.'
+	$(BIN)/pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest tests/unit/test_packaging.py
+
+bench: $(VENV)/bench.stamp
+	@deploy/install-apt.sh deploy/apt-packages.txt deploy/apt-packages-bench.txt || echo 'Peers that are missing are left out.'
+	$(BIN)/python tests/bench/run.py
+
+# The versions of a fresh environment, to be committed after `make check test` passed with them.
+constraints:
+	rm -rf build/constraints
+	deploy/make-venv.sh build/constraints
+	build/constraints/bin/python -m pip install --quiet '.[dev,bench]'
+	echo '# The versions that were tested together, written by: make constraints' > constraints.txt
+	build/constraints/bin/python -m pip freeze --all --exclude pip --exclude sapin >> constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/pip:
+	PYTHON='$(PYTHON)' deploy/make-venv.sh $(VENV)
+
+# Without build isolation, so that setuptools too is the version that was tried.
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/run.stamp
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
