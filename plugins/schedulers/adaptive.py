@@ -1,0 +1,49 @@
+"""Adaptive: the real servers themselves say how much they want, through an agent.
+
+An agent on each server answers a percentage (:mod:`sapin.plugins.checks.agent`), by its load, its licences, its free addresses
+or what else the operator thinks right. It scales the server's weight; new clients then go to the fewest
+pinned clients for that weight. A server that asks for less is not emptied: it gets new clients again when the
+others have caught up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sapin.core.contracts import Candidate, Request
+from sapin.core.model import CheckSpec, PluginRef
+
+
+class Adaptive:
+    """Takes the lowest ``pinned / (weight * share)``; a share of 0 gets nothing, unless all shares are 0."""
+
+    class Config(BaseModel):
+        """Where and how often the agents are asked."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        port: int = Field(ge=1, le=65535, description="TCP port of the agent on every real server")
+        interval: float = Field(5.0, gt=0, description="seconds between two questions")
+
+    def __init__(self, config: Config) -> None:
+        agent = PluginRef("agent", {"port": config.port})
+        self.checks = (CheckSpec(agent, interval=config.interval),)
+        self._start = 0
+
+    def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        """The candidate with the fewest clients for what it asks; among equals, the next after the last pick."""
+        count = len(candidates)
+        start = self._start % count
+        asked = [candidate.weight * candidate.share for candidate in candidates]
+        if not any(asked):
+            asked = [candidate.weight for candidate in candidates]
+        # To start with: one client for no weight, which is worse than any.
+        best, fewest, weight = start, 1, 0
+        for index in range(start - count, start):
+            pinned = candidates[index].pinned
+            if pinned * weight < fewest * asked[index]:
+                best, fewest, weight = index, pinned, asked[index]
+        self._start = (best + 1) % count
+        return candidates[best]
