@@ -1,0 +1,408 @@
+"""What a restart must not lose, as records: their encoding, and the state that they add up to.
+
+Pure: bytes in, bytes out; the files are in :mod:`sapin.core.dataplane.store`.
+
+A record is the *absolute* state of one thing (a pin has these keys and this server), never a
+difference. So a record may be applied twice, and records that follow a checkpoint may be applied
+to one that already shows some of them: every key and every flow ends as its last record says. That
+is what makes a fuzzy checkpoint sound, one that is written piece by piece while the state changes (the
+same idea as fuzzy checkpoints of ARIES, Mohan et al., TODS 17(1), 1992, without its undo). Three rules
+carry the argument:
+
+* :class:`PinPut` owns its keys: every other pin that has one of them is gone, whole;
+* :class:`PinRemoved` removes the pin that has the key, whole, and is nothing where there is none;
+* a key that no record mentions is as the checkpoint says.
+
+On disk, a file is a header line and then frames. One frame holds the records of one flush::
+
+    mark (4 bytes) · payload length (4) · CRC-32 of the payload (4) · payload, msgpack
+    payload = [kinds, [record, …]]      kinds: one byte for each record; record: its fields
+
+The kinds stand apart so that a record is packed as the tuple that it is, without building another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from struct import Struct
+from sys import intern
+from typing import Any, NamedTuple, get_origin, get_type_hints
+from zlib import crc32
+
+import msgpack  # type: ignore[import-untyped]
+
+VERSION = 1
+MAX_FRAME = 16 * 1024 * 1024
+"""Bytes of payload; a longer frame is damage, so that a damaged length costs no memory."""
+MAX_RECORDS = 65_536
+"""Records in one frame."""
+
+_FRAME = Struct(">4sII")
+_MARK = b"\xf5\xf6\xf7\x01"
+_HEADER = re.compile(rb"sapin (journal|checkpoint) (\d{1,9})\n")
+
+
+class PinPut(NamedTuple):
+    """A pin as it is now: found by these keys, on that server."""
+
+    group: str
+    keys: tuple[bytes, ...]
+    server: str
+    since: int
+    """Wall-clock seconds at which the client was first pinned."""
+
+
+class PinRemoved(NamedTuple):
+    """The pin that has this key is gone, with all its keys."""
+
+    group: str
+    key: bytes
+    cause: str = ""
+
+
+class Cleared(NamedTuple):
+    """All pins of this server are gone."""
+
+    group: str
+    server: str
+
+
+class FlowOpened(NamedTuple):
+    """A flow as it is now. Its identity is service, client, client port and local address."""
+
+    service: str
+    client: bytes
+    """The client's packed address."""
+    client_port: int
+    local: bytes
+    """The packed address that the client sent to; empty unless the service listens on a wildcard."""
+    server: str
+    upstream: bytes
+    """The packed address of our own end of the upstream socket."""
+    upstream_port: int
+    """The port of that end: the server knows the client's tunnel by it."""
+    key: bytes
+    """A key of the flow's pin; empty if it has none."""
+    opened: int
+    """Wall-clock seconds."""
+
+
+class FlowClosed(NamedTuple):
+    """A flow is gone."""
+
+    service: str
+    client: bytes
+    client_port: int
+    local: bytes
+
+
+class Tick(NamedTuple):
+    """The daemon was alive at this time: what tells a restart how long it was away."""
+
+    now: int
+    """Wall-clock seconds."""
+
+
+class End(NamedTuple):
+    """The last record of a whole checkpoint."""
+
+    records: int
+    """How many records came before this one."""
+
+
+Record = PinPut | PinRemoved | Cleared | FlowOpened | FlowClosed | Tick | End
+
+KINDS: Mapping[int, type[Record]] = {
+    0: End,
+    1: PinPut,
+    2: PinRemoved,
+    3: Cleared,
+    4: FlowOpened,
+    5: FlowClosed,
+    6: Tick,
+}
+"""The byte on disk of each kind of record. A number is never given to another kind."""
+
+_KIND_OF = {record: kind for kind, record in KINDS.items()}
+_FIELDS = {
+    kind: tuple(get_origin(hint) or hint for hint in get_type_hints(record).values())
+    for kind, record in KINDS.items()
+}
+_PIN_PUT = _KIND_OF[PinPut]
+_BYTES = {bytes}
+
+
+class FormatError(Exception):
+    """Whole and undamaged, but written by a newer version.
+
+    To go on would lose silently what the records say, so nobody goes on.
+    """
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(f"at byte {offset}: {reason}")
+        self.offset = offset
+        self.reason = reason
+
+
+class Damage(Exception):
+    """No whole frame begins here. ``torn``: no other one follows either, so this is where writing stopped."""
+
+    def __init__(self, offset: int, reason: str, torn: bool) -> None:
+        super().__init__(f"at byte {offset}: {reason}")
+        self.offset = offset
+        self.reason = reason
+        self.torn = torn
+
+
+def header(name: str) -> bytes:
+    """The first line of a file: ``header("journal")`` or ``header("checkpoint")``."""
+    return f"sapin {name} {VERSION}\n".encode()
+
+
+class Encoder:
+    """Makes frames, one after another, with one buffer."""
+
+    def __init__(self) -> None:
+        self._pack = msgpack.Packer().pack
+
+    def encode(self, records: Sequence[Record]) -> bytes:
+        """One frame with these records.
+
+        Raises:
+            ValueError, TypeError, OverflowError, KeyError: something in them cannot be written, or
+                there are too many of them (:data:`MAX_RECORDS`, :data:`MAX_FRAME`).
+        """
+        if len(records) > MAX_RECORDS:
+            raise ValueError(f"{len(records)} records in one frame, of at most {MAX_RECORDS}")
+        kinds = bytes([_KIND_OF[type(record)] for record in records])
+        payload: bytes = self._pack((kinds, records))
+        if len(payload) > MAX_FRAME:
+            raise ValueError(f"a frame of {len(payload)} bytes, of at most {MAX_FRAME}")
+        return _FRAME.pack(_MARK, len(payload), crc32(payload)) + payload
+
+
+class Frame(NamedTuple):
+    """One frame of a file."""
+
+    end: int
+    """The offset of the byte after it."""
+    records: list[Record]
+    refused: int
+    """Records with fields that their kind does not have: the fault of whoever wrote them."""
+
+
+def frames(data: bytes, name: str) -> Iterator[Frame]:
+    """The frames of a file that begins with ``header(name)``, which comes first, as an empty one.
+
+    Raises:
+        Damage: there is no whole frame where one should begin; what came before it is good.
+        FormatError: a newer version wrote this.
+    """
+    end = _end_of_header(data, name)
+    yield Frame(end, [], 0)
+    while end < len(data):
+        start, end = end, _end_of_frame(data, end)
+        yield _decode(data, start, end)
+
+
+def _end_of_header(data: bytes, name: str) -> int:
+    found = _HEADER.match(data)
+    if found is None or found[1] != name.encode():
+        torn = header(name).startswith(data) or not data.strip(b"\0")
+        raise Damage(0, f"this is not the beginning of a {name}", torn)
+    if int(found[2]) != VERSION:
+        raise FormatError(0, f"format version {int(found[2])}, where this version knows {VERSION}")
+    return found.end()
+
+
+def _end_of_frame(data: bytes, start: int) -> int:
+    """Where the frame that begins at ``start`` ends."""
+
+    def damage(reason: str) -> Damage:
+        return Damage(start, reason, torn=data.find(_MARK, start + 1) < 0)
+
+    if len(data) - start < _FRAME.size:
+        raise damage("the head of a frame is cut off")
+    mark, length, checksum = _FRAME.unpack_from(data, start)
+    end: int = start + _FRAME.size + length
+    if mark != _MARK:
+        raise damage("no frame begins here")
+    if length > MAX_FRAME:
+        raise damage(f"a frame of {length} bytes")
+    if end > len(data):
+        raise damage("a frame is cut off")
+    if crc32(memoryview(data)[start + _FRAME.size : end]) != checksum:
+        raise damage("the checksum of a frame is wrong")
+    return end
+
+
+def _decode(data: bytes, start: int, end: int) -> Frame:
+    try:
+        kinds, fields = _unpack(memoryview(data)[start + _FRAME.size : end])
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Damage(start, f"a frame that was never written so ({error})", torn=False) from error
+    newer = set(kinds) - KINDS.keys()
+    if newer:
+        raise FormatError(start, f"records of the unknown kind {min(newer)}")
+    records = [
+        KINDS[kind]._make(record)
+        for kind, record in zip(kinds, fields, strict=True)
+        if tuple(map(type, record)) == _FIELDS[kind]
+        and (kind != _PIN_PUT or set(map(type, record[1])) <= _BYTES)
+    ]
+    return Frame(end, records, len(kinds) - len(records))
+
+
+def _unpack(payload: memoryview) -> tuple[bytes, tuple[tuple[Any, ...], ...]]:
+    kinds, records = msgpack.unpackb(
+        payload, use_list=False, max_array_len=MAX_RECORDS, max_map_len=0, max_ext_len=0
+    )
+    if type(kinds) is not bytes or set(map(type, records)) - {tuple} or len(kinds) != len(records):
+        raise ValueError("kinds and records do not match")
+    return kinds, records
+
+
+Pin = tuple[tuple[bytes, ...], str, int]
+"""Keys, server, since."""
+
+
+class _Tenure:
+    """The time between two clearings of a server: clearing it ends all its pins in one step."""
+
+    __slots__ = ("cleared", "server")
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self.cleared = False
+
+
+class _Group:
+    """The pins of one affinity group."""
+
+    def __init__(self) -> None:
+        self._pins: dict[bytes, tuple[tuple[bytes, ...], _Tenure, int]] = {}
+        self._tenures: dict[str, _Tenure] = {}
+
+    def put(self, keys: tuple[bytes, ...], server: str, since: int) -> None:
+        tenure = self._tenures.get(server)
+        if tenure is None:
+            tenure = self._tenures[server] = _Tenure(intern(server))
+        pins = self._pins
+        pin = (keys, tenure, since)
+        for key in keys:
+            if key in pins:
+                self.remove(key)
+        for key in keys:
+            pins[key] = pin
+
+    def remove(self, key: bytes) -> None:
+        pin = self._pins.get(key)
+        if pin is not None:
+            for each in pin[0]:
+                self._pins.pop(each, None)
+
+    def clear(self, server: str) -> None:
+        tenure = self._tenures.pop(server, None)
+        if tenure is not None:
+            tenure.cleared = True
+
+    def pins(self) -> Iterator[Pin]:
+        for key, (keys, tenure, since) in self._pins.items():
+            if key == keys[0] and not tenure.cleared:
+                yield keys, tenure.server, since
+
+
+class State:
+    """What records add up to."""
+
+    def __init__(self) -> None:
+        self._groups: defaultdict[str, _Group] = defaultdict(_Group)
+        self._flows: dict[tuple[str, bytes, int, bytes], FlowOpened] = {}
+        self._apply: Mapping[type[Record], Callable[..., None]] = {
+            PinPut: self._put,
+            PinRemoved: self._remove,
+            Cleared: self._clear,
+            FlowOpened: self._open,
+            FlowClosed: self._close,
+            Tick: self._tick,
+            End: self._end,
+        }
+        self.tick = 0
+        """The last :class:`Tick`; 0 before the first."""
+
+    def apply(self, records: Iterable[Record]) -> None:
+        """Applies the records in their order."""
+        apply = self._apply
+        for record in records:
+            apply[type(record)](*record)
+
+    def pins(self) -> dict[str, list[Pin]]:
+        """The pins of each affinity group."""
+        return {name: list(group.pins()) for name, group in self._groups.items()}
+
+    def flows(self) -> list[FlowOpened]:
+        """The open flows."""
+        return list(self._flows.values())
+
+    def _put(self, group: str, keys: tuple[bytes, ...], server: str, since: int) -> None:
+        self._groups[group].put(keys, server, since)
+
+    def _remove(self, group: str, key: bytes, _cause: str) -> None:
+        self._groups[group].remove(key)
+
+    def _clear(self, group: str, server: str) -> None:
+        self._groups[group].clear(server)
+
+    def _open(self, *fields: Any) -> None:
+        flow = FlowOpened._make(fields)
+        self._flows[flow[:4]] = flow
+
+    def _close(self, *flow: Any) -> None:
+        self._flows.pop(flow, None)
+
+    def _tick(self, now: int) -> None:
+        self.tick = now
+
+    def _end(self, _records: int) -> None:
+        """Nothing of the state: it is for whoever reads the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What was read of one file."""
+
+    end: int
+    """Bytes that are good, from the beginning."""
+    records: int
+    refused: int
+    last: Record | None
+    damage: Damage | None
+
+    @property
+    def whole_checkpoint(self) -> bool:
+        """Whether it ends as a checkpoint that was written to its end."""
+        return self.damage is None and self.last == End(self.records + self.refused - 1)
+
+
+def replay(data: bytes, name: str, state: State) -> Replayed:
+    """Applies to ``state`` what is good of a file's bytes.
+
+    Raises:
+        FormatError: a newer version wrote the file.
+    """
+    end, records, refused = 0, 0, 0
+    last: Record | None = None
+    damage: Damage | None = None
+    try:
+        for frame in frames(data, name):
+            state.apply(frame.records)
+            end = frame.end
+            records += len(frame.records)
+            refused += frame.refused
+            last = frame.records[-1] if frame.records else last
+    except Damage as found:
+        damage = found
+    return Replayed(end, records, refused, last, damage)
