@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench constraints clean
+.PHONY: help run test check format lint types imports packaging bench constraints clean
 
 help:
 	@echo 'make run      a demonstration on loopback: no root, ends by itself after about a minute'
@@ -21,11 +21,21 @@ test: $(VENV)/dev.stamp
 	@deploy/install-apt.sh deploy/apt-packages.txt || echo 'The tests that need them are skipped, or fail where CI is set.'
 	$(BIN)/pytest
 
-check: $(VENV)/dev.stamp
+check: format lint types imports packaging
+
+format: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
+
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
+
+types: $(VENV)/dev.stamp
 	$(BIN)/mypy
+
+imports: $(VENV)/dev.stamp
 	$(BIN)/lint-imports --no-logo
+
+packaging: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/unit/test_packaging.py
 
 bench: $(VENV)/bench.stamp
@@ -44,16 +54,15 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/pip:
-	PYTHON='$(PYTHON)' deploy/make-venv.sh $(VENV)
+	@echo 'Making $(VENV), which takes about half a minute; this happens once.'
+	@PYTHON='$(PYTHON)' deploy/make-venv.sh $(VENV)
 
 # Without build isolation, so that setuptools too is the version that was tried.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable .
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/run.stamp
-	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
-
-$(VENV)/bench.stamp: $(VENV)/dev.stamp
