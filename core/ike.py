@@ -279,18 +279,24 @@ def _plausible(data: Buffer, offset: int) -> bool:
 
 def exchange_name(exchange: int) -> str:
     """The exchange's name, or its number where it has none here."""
-    try:
-        return Exchange(exchange).name
-    except ValueError:
-        return f"exchange {exchange}"
+    return _name(Exchange, exchange, "exchange")
 
 
 def notify_name(notify: int) -> str:
     """The notification's name, or its number where it has none here."""
+    return _name(Notify, notify, "notification")
+
+
+def group_name(group: int) -> str:
+    """The key exchange group's name, or its number where it has none here."""
+    return _name(Group, group, "group")
+
+
+def _name(names: type[IntEnum], number: int, noun: str) -> str:
     try:
-        return Notify(notify).name
+        return names(number).name
     except ValueError:
-        return f"notification {notify}"
+        return f"{noun} {number}"
 
 
 def payloads(message: Buffer) -> Iterator[tuple[int, bytes]]:

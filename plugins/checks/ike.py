@@ -1,0 +1,94 @@
+"""Does an IKEv2 daemon answer? A real IKE_SA_INIT request, and a look at what comes back.
+
+Gateways limit the half-open SAs of one source address: RRAS to 10, strongSwan to 5 (``block_threshold``),
+and then they are silent. Every SA answer leaves one behind for half a minute, and the balancer's
+clients share its address when their source is translated. So by default the check asks for what no
+gateway gives: its public value is of a group that must not be used any more (MODP768, RFC 8247 section
+2.4), offered beside those that gateways do accept. A daemon that reads the request, finds its
+configuration and chooses a proposal then answers INVALID_KE_PAYLOAD with the group that it wants
+(RFC 7296 section 1.3), and keeps nothing. ``half_open = true`` sends a usable public value instead, for
+an SA answer that proves the key exchange too; then give the check an interval of 30 s or more.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+
+import trio
+from pydantic import BaseModel, Field
+
+from sapin.core import ike
+from sapin.core.contracts import CheckResult, Target
+from sapin.core.ike import Answer, Group, Notify
+from sapin.core.model import Framing
+from sapin.plugins.checks.common import connected
+
+_MAX_DATAGRAM = 65_535
+
+
+class IkeCheck:
+    """Healthy: any IKEv2 response to our own request, be it an SA, a cookie or a refusal.
+
+    What is not an answer to it is ignored. Without an answer the check waits until its time-out.
+    """
+
+    class Config(BaseModel, extra="forbid"):
+        """Options of the check."""
+
+        half_open: bool = False
+        """Ask for an SA, and leave it half-open on the gateway."""
+        retransmit: float = Field(default=0.5, gt=0, le=60)
+        """Seconds until the request is sent once more; below the check's time-out to have an effect."""
+
+    def __init__(self, config: Config) -> None:
+        self._group = Group.MODP2048 if config.half_open else Group.MODP768
+        self._retransmit = config.retransmit
+
+    async def check(self, target: Target) -> CheckResult:
+        """Ask the target's IKE daemon, behind a non-ESP marker where the service is framed so.
+
+        The round trip counts from the first request, as a client would wait.
+        """
+        spi_i = secrets.token_bytes(8)
+        marker = ike.NON_ESP_MARKER if target.framing is Framing.NATT else b""
+        request = marker + self._request(spi_i)
+        started = trio.current_time()
+        try:
+            async with connected(target.endpoint, socket.SOCK_DGRAM) as sock:
+                answer, message = await self._ask(sock, request, spi_i, marker)
+        except ConnectionRefusedError:
+            return CheckResult(False, f"UDP port {target.endpoint.port} is closed (ICMP port unreachable)")
+        return CheckResult(True, _describe(answer, message), trio.current_time() - started)
+
+    def _request(self, spi_i: bytes) -> bytes:
+        ke = secrets.token_bytes(ike.KE_LENGTH[self._group])
+        return ike.ike_sa_init(spi_i, secrets.token_bytes(32), ke, group=self._group)
+
+    async def _ask(
+        self, sock: trio.socket.SocketType, request: bytes, spi_i: bytes, marker: bytes
+    ) -> tuple[Answer, bytes]:
+        await sock.send(request)
+        with trio.move_on_after(self._retransmit):
+            return await _answer(sock, spi_i, marker)
+        await sock.send(request)
+        return await _answer(sock, spi_i, marker)
+
+
+async def _answer(sock: trio.socket.SocketType, spi_i: bytes, marker: bytes) -> tuple[Answer, bytes]:
+    while True:
+        datagram = await sock.recv(_MAX_DATAGRAM)
+        if datagram.startswith(marker):
+            message = datagram[len(marker) :]
+            answer = ike.classify_answer(spi_i, message)
+            if answer.alive:
+                return answer, message
+
+
+def _describe(answer: Answer, message: bytes) -> str:
+    for kind, data in ike.notifies(message):
+        if answer is Answer.INVALID_KE_PAYLOAD and kind == Notify.INVALID_KE_PAYLOAD:
+            return f"{answer}, it wants {ike.group_name(int.from_bytes(data[:2], 'big'))}"
+        if answer is Answer.OTHER_NOTIFY:
+            return ike.notify_name(kind)
+    return str(answer)
