@@ -80,9 +80,9 @@ class Maglev:
 def build(weights: Mapping[str, int]) -> Table:
     """The table for servers of these names and weights."""
     names = sorted(weights)
-    skips = [stable_hash(name.encode(), b"skip") % (ENTRIES - 1) + 1 for name in names]
+    skips = [stable_hash(b"skip:" + name.encode()) % (ENTRIES - 1) + 1 for name in names]
     # Each server's place in its order of preference: (offset + n * skip) mod ENTRIES for n = 0, 1, 2, ...
-    places = [stable_hash(name.encode(), b"offset") % ENTRIES for name in names]
+    places = [stable_hash(b"offset:" + name.encode()) % ENTRIES for name in names]
     entries = [_FREE] * ENTRIES
     for server in islice(_turns([weights[name] for name in names]), ENTRIES):
         place, skip = places[server], skips[server]

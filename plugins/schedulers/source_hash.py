@@ -18,12 +18,16 @@ does not. Clients behind one address share a server.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
+from math import inf, log
 
 from sapin.core.contracts import Candidate, Request
-from sapin.plugins.schedulers.hashing import BITS, mix, stable_hash
+from sapin.plugins.schedulers.hashing import stable_hash
 
-_SCALE = 2.0**-BITS
+_MULTIPLIER = 0x9E3779B97F4A7C15
+"""2**64 divided by the golden ratio, made odd: its multiples are spread as evenly as can be (Knuth, The
+Art of Computer Programming, volume 3, section 6.4)."""
+_MASK = (1 << 64) - 1
+_SCALE = 2.0**-64
 
 
 class SourceHash:
@@ -37,11 +41,13 @@ class SourceHash:
         """The candidate with the highest draw for the client's address."""
         if candidates is not self._candidates:
             self._candidates = candidates
-            self._draws = [(stable_hash(c.name.encode(), b"server"), c.weight, c) for c in candidates]
-        client = stable_hash(request.client.address, b"client")
-        best, highest = candidates[0], float("-inf")
+            self._draws = [(stable_hash(c.name.encode()), c.weight, c) for c in candidates]
+        client = stable_hash(request.client.address)
+        best, highest = candidates[0], -inf
         for seed, weight, candidate in self._draws:
-            draw = log((mix(client, seed) + 0.5) * _SCALE) / weight
+            # Two hashes make a third, at a quarter of the price: both halves of their product, folded.
+            product = (client ^ seed) * _MULTIPLIER
+            draw = log(((product ^ product >> 64) & _MASK | 1) * _SCALE) / weight
             if draw > highest:
                 best, highest = candidate, draw
         return best
