@@ -1,0 +1,298 @@
+"""What the tables of a configuration must be to one another, and to the plugins that they name.
+
+Each rule looks at what the schema has left (:mod:`sapin.core.schema`): a key that is absent or was refused
+is ``None`` here, and no rule speaks of it, so that one mistake is one fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from sapin.core.faults import Loc, Report, reason, show, suggest
+from sapin.core.model import AdminState, Endpoint, IPAddress, PluginRef
+from sapin.core.schema import (
+    DEFAULT_PERSISTENCE,
+    DEFAULT_SCHEDULER,
+    PluginTable,
+    ServerTable,
+    ServiceTable,
+)
+
+_SHARED = {"address": None, "weight": 1, "state": AdminState.ENABLED}
+"""What leader and follower agree on for a server, and what each key is when it is absent."""
+
+
+class PluginCatalogue(Protocol):
+    """The plugins that a configuration may name; kinds are those of ``sapin.core.contracts.KINDS``."""
+
+    def names(self, kind: str) -> Sequence[str]:
+        """The names of all plugins of that kind."""
+        ...
+
+    def config_model(self, kind: str, name: str) -> type[BaseModel] | None:
+        """The model of a plugin's options, ``None`` for a plugin that takes none.
+
+        Raises:
+            Exception: the plugin cannot be used; the text says why.
+        """
+        ...
+
+
+class _Service(NamedTuple):
+    """A virtual service and where it stands."""
+
+    loc: Loc
+    table: ServiceTable
+
+    def __str__(self) -> str:
+        return "another service" if self.table.name is None else show(self.table.name)
+
+
+class _Server(NamedTuple):
+    """A real server and where it stands."""
+
+    loc: Loc
+    table: ServerTable
+
+
+def check_services(tables: Sequence[ServiceTable], plugins: PluginCatalogue, report: Report) -> None:
+    """Report every rule that a virtual service breaks."""
+    services = [_Service(("virtual_services", index), table) for index, table in enumerate(tables)]
+    named = {service.table.name: service for service in reversed(services) if service.table.name is not None}
+    listening = {(service.table.address, service.table.port): service for service in services}
+    _check_names(services, report)
+    _check_endpoints(services, report)
+    for service in services:
+        if service.table.source == "transparent":
+            report.add((*service.loc, "source"), 'is not available in this version; use "nat"')
+        if service.table.follows is None:
+            _check_leader(service, report)
+        else:
+            _check_follower(service, named, report)
+        _check_servers(service, listening, report)
+        for loc, kind, table in _plugin_tables(service):
+            _check_plugin(loc, kind, table, plugins, report)
+
+
+def _check_names(services: Sequence[_Service], report: Report) -> None:
+    seen: dict[str, int] = {}
+    for index, (loc, table) in enumerate(services):
+        if table.name is not None and (first := seen.setdefault(table.name, index)) != index:
+            report.add((*loc, "name"), f"is the name of virtual_services[{first}] already")
+
+
+def _check_endpoints(services: Sequence[_Service], report: Report) -> None:
+    """No datagram belongs to two services."""
+    seen: dict[int, list[tuple[IPAddress, _Service]]] = {}
+    for service in services:
+        address, port = service.table.address, service.table.port
+        if address is None or port is None:
+            continue
+        earlier = seen.setdefault(port, [])
+        for taken, other in earlier:
+            if _overlap(address, taken):
+                report.add((*service.loc, "port"), f"is taken: {other} is at {Endpoint(taken, port)}")
+                break
+        earlier.append((address, service))
+
+
+def _overlap(one: IPAddress, other: IPAddress) -> bool:
+    """Whether sockets on the two would take the same datagrams."""
+    return one == other or any(
+        wide.is_unspecified and narrow.version in _families(wide)
+        for wide, narrow in ((one, other), (other, one))
+    )
+
+
+def _families(address: IPAddress) -> tuple[int, ...]:
+    """The address families of the clients that reach a service there; ``::`` is dual-stack."""
+    return (4, 6) if address.version == 6 and address.is_unspecified else (address.version,)
+
+
+# Real servers
+
+
+def _check_leader(service: _Service, report: Report) -> None:
+    servers = (*service.loc, "real_servers")
+    if service.table.real_servers is None and not report.blames(servers):
+        report.add(servers, "is missing; a service has real servers, or follows one that has")
+    if service.table.following is not None:
+        report.add((*service.loc, "following"), "has no meaning in a service that does not follow another")
+
+
+def _check_servers(
+    service: _Service, listening: dict[tuple[IPAddress | None, int | None], _Service], report: Report
+) -> None:
+    names: dict[str, int] = {}
+    endpoints: dict[Endpoint, int] = {}
+    for index, (here, server) in enumerate(_servers(service)):
+        if server.name is not None and (first := names.setdefault(server.name, index)) != index:
+            report.add((*here, "name"), f"is the name of real_servers[{first}] already")
+        at = (*here, "address")
+        _check_family(at, server, service, report)
+        endpoint = _endpoint(server, service.table)
+        if endpoint is None:
+            continue
+        if (first := endpoints.setdefault(endpoint, index)) != index:
+            report.add(at, f"leads to {endpoint}, as real_servers[{first}] does already")
+        if other := listening.get(endpoint):
+            report.add(at, f"leads to {endpoint}, where {other} is: datagrams would go in circles")
+
+
+def _check_family(loc: Loc, server: ServerTable, service: _Service, report: Report) -> None:
+    mine, its = service.table.address, server.address
+    if mine is not None and its is not None and its.version not in _families(mine):
+        report.add(loc, f"is IPv{its.version}, but the service is at {mine}")
+
+
+def _servers(service: _Service) -> list[_Server]:
+    tables = service.table.real_servers or []
+    return [_Server((*service.loc, "real_servers", index), table) for index, table in enumerate(tables)]
+
+
+def _endpoint(server: ServerTable, service: ServiceTable) -> Endpoint | None:
+    port = server.port or service.port
+    return None if server.address is None or port is None else Endpoint(server.address, port)
+
+
+# Leaders and followers
+
+
+def _check_follower(service: _Service, named: dict[str, _Service], report: Report) -> None:
+    loc = (*service.loc, "follows")
+    follows = service.table.follows or ""
+    leader = named.get(follows)
+    if follows == service.table.name:
+        report.add(loc, "is the service itself")
+    elif leader is None:
+        others = [name for name in named if name != service.table.name]
+        report.add(loc, f"there is no virtual service of that name; {suggest(follows, others)}")
+    elif leader.table.follows is not None:
+        report.add(loc, f"{leader} follows {show(leader.table.follows)}; follow a service that follows none")
+    else:
+        _check_source(service, leader, report)
+        _check_same_plugin("scheduler", DEFAULT_SCHEDULER, service, leader, report)
+        _check_same_plugin("persistence", DEFAULT_PERSISTENCE, service, leader, report)
+        _check_same_timeout(service, leader, report)
+        if service.table.real_servers is None:
+            _check_inherited(service, leader, report)
+        else:
+            _check_same_servers(service, leader, report)
+
+
+def _check_source(service: _Service, leader: _Service, report: Report) -> None:
+    its = leader.table.source or "nat"
+    if (service.table.source or "nat") != its and not report.blames((*service.loc, "source")):
+        report.add((*service.loc, "source"), f"differs from {leader}, which has {show(its)}")
+
+
+def _check_same_plugin(
+    key: str, default: PluginRef, service: _Service, leader: _Service, report: Report
+) -> None:
+    mine: PluginTable | None = getattr(service.table, key)
+    its: PluginTable | None = getattr(leader.table, key)
+    if (
+        mine is None
+        or report.blames((*service.loc, key, "plugin"))
+        or report.blames((*leader.loc, key, "plugin"))
+    ):
+        return
+    inherited = default if its is None else its.ref()
+    if mine.plugin != inherited.plugin:
+        report.add((*service.loc, key), f"differs from {leader}, which has {show(inherited.plugin)}")
+    elif mine.options != inherited.options:
+        report.add((*service.loc, key), f"differs in its options from {leader}; leave it out to inherit them")
+
+
+def _check_same_timeout(service: _Service, leader: _Service, report: Report) -> None:
+    mine, its = service.table.persistence, leader.table.pin_timeout()
+    if mine is None or report.blames((*leader.loc, "persistence", "timeout")):
+        return
+    if mine.timeout is not None and mine.timeout != its:
+        report.add((*service.loc, "persistence", "timeout"), f"differs from {leader}, which has {its:g} s")
+
+
+def _check_inherited(service: _Service, leader: _Service, report: Report) -> None:
+    address = service.table.address
+    for _, server in _servers(leader):
+        if address and server.address and server.address.version not in _families(address):
+            version = server.address.version
+            report.add((*service.loc, "address"), f"cannot be served by the IPv{version} servers of {leader}")
+            return
+
+
+def _check_same_servers(service: _Service, leader: _Service, report: Report) -> None:
+    """A follower that lists servers lists its leader's; only the ports are its own."""
+    mine = {server.table.name: server for server in _servers(service)}
+    theirs = {server.table.name: server for server in _servers(leader)}
+    if not theirs or None in theirs or None in mine:
+        return
+    for name, server in mine.items():
+        if name in theirs:
+            _check_same_server(server, theirs[name], leader, report)
+        else:
+            report.add((*server.loc, "name"), f"is not among the real servers of {leader}")
+    for name in theirs.keys() - mine.keys():
+        report.add((*service.loc, "real_servers"), f"lacks {show(name)}, a real server of {leader}")
+
+
+def _check_same_server(mine: _Server, its: _Server, leader: _Service, report: Report) -> None:
+    for key, default in _SHARED.items():
+        if report.blames((*mine.loc, key)) or report.blames((*its.loc, key)):
+            continue
+        stated, inherited = (getattr(server.table, key) for server in (mine, its))
+        expected = default if inherited is None else inherited
+        if (default if stated is None else stated) != expected:
+            report.add((*mine.loc, key), f"differs from {leader}, which has {show(expected)}")
+
+
+# Plugins
+
+
+def _plugin_tables(service: _Service) -> Iterator[tuple[Loc, str, PluginTable]]:
+    for kind in ("scheduler", "persistence", "following"):
+        table = getattr(service.table, kind)
+        if table is not None:
+            yield (*service.loc, kind), kind, table
+    for index, check in enumerate(service.table.checks or []):
+        yield (*service.loc, "checks", index), "check", check
+
+
+def _check_plugin(loc: Loc, kind: str, table: PluginTable, plugins: PluginCatalogue, report: Report) -> None:
+    if table.plugin is None:
+        return
+    names = plugins.names(kind)
+    if table.plugin not in names:
+        report.add(
+            (*loc, "plugin"), f"there is no {kind} plugin of that name; {suggest(table.plugin, names)}"
+        )
+        return
+    try:
+        model = plugins.config_model(kind, table.plugin)
+    except Exception as error:
+        report.add((*loc, "plugin"), str(error))
+        return
+    _check_options(loc, table, model or _NoOptions, report)
+
+
+def _check_options(loc: Loc, table: PluginTable, model: type[BaseModel], report: Report) -> None:
+    plugin = f"plugin {show(table.plugin)}"
+    # A model that says nothing of unknown keys would drop them, and with them a misspelt option.
+    extra: Literal["allow", "forbid"] = "allow" if model.model_config.get("extra") == "allow" else "forbid"
+    try:
+        model.model_validate(table.options, extra=extra)
+    except ValidationError as failure:
+        known = [*type(table).model_fields, *model.model_fields]
+        for error in failure.errors(include_url=False, include_input=False):
+            unknown = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
+            why = f"unknown option; {suggest(str(error['loc'][0]), known)}" if unknown else reason(error)
+            report.add((*loc, *error["loc"]), f"{plugin}: {why}")
+    except Exception as error:
+        report.add(loc, f"{plugin} failed on its options: {type(error).__name__}: {error}")
+
+
+class _NoOptions(BaseModel):
+    """The options of a plugin that takes none."""
