@@ -6,7 +6,7 @@ Where the servers listen on another port than the virtual service, the option ``
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sapin.core.model import Endpoint, RealServer, VirtualService
 
@@ -14,14 +14,11 @@ from sapin.core.model import Endpoint, RealServer, VirtualService
 class Port:
     """The server's address, and the option ``port`` or else the follower's port."""
 
-    class Config(BaseModel):
-        """Where the real servers listen for the follower."""
+    class Config(BaseModel, extra="forbid"):
+        """Options of the following."""
 
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-        port: int | None = Field(
-            None, ge=1, le=65535, description="UDP port of the real servers; the follower's own by default"
-        )
+        port: int | None = Field(default=None, ge=1, le=65_535)
+        """UDP port of the real servers, the follower's own if there is none."""
 
     def __init__(self, config: Config) -> None:
         self._port = config.port

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sapin.core.contracts import Datagram, Key, key
 
@@ -17,13 +17,13 @@ from sapin.core.contracts import Datagram, Key, key
 class SourceAddress:
     """Recognises a client by the first bits of its address."""
 
-    class Config(BaseModel):
-        """How many leading bits of the address make a client."""
+    class Config(BaseModel, extra="forbid"):
+        """Options of the persistence."""
 
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-        prefix4: int = Field(32, ge=1, le=32, description="bits of an IPv4 address")
-        prefix6: int = Field(128, ge=1, le=128, description="bits of an IPv6 address")
+        prefix4: int = Field(default=32, ge=1, le=32)
+        """So many leading bits of an IPv4 address make a client."""
+        prefix6: int = Field(default=128, ge=1, le=128)
+        """So many leading bits of an IPv6 address make a client."""
 
     def __init__(self, config: Config) -> None:
         self._mask4 = _mask(32, config.prefix4)

@@ -1,16 +1,16 @@
 """Adaptive: the real servers themselves say how much they want, through an agent.
 
-An agent on each server answers a percentage (:mod:`sapin.plugins.checks.agent`), by its load, its licences, its free addresses
-or what else the operator thinks right. It scales the server's weight; new clients then go to the fewest
-pinned clients for that weight. A server that asks for less is not emptied: it gets new clients again when the
-others have caught up.
+An agent on each server (:mod:`sapin.plugins.checks.agent`) answers a percentage, by its load, its licences, its free
+addresses or what else the operator thinks right. It scales the server's weight, and a new client goes where
+the fewest are pinned for that weight. A server that asks for less is not emptied: it gets new clients again
+when the others have caught up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sapin.core.contracts import Candidate, Request
 from sapin.core.model import CheckSpec, PluginRef
@@ -19,17 +19,17 @@ from sapin.core.model import CheckSpec, PluginRef
 class Adaptive:
     """Takes the lowest ``pinned / (weight * share)``; a share of 0 gets nothing, unless all shares are 0."""
 
-    class Config(BaseModel):
-        """Where and how often the agents are asked."""
+    class Config(BaseModel, extra="forbid"):
+        """Options of the scheduler."""
 
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-        port: int = Field(ge=1, le=65535, description="TCP port of the agent on every real server")
-        interval: float = Field(5.0, gt=0, description="seconds between two questions")
+        port: int = Field(ge=1, le=65_535)
+        """The agent's TCP port on every real server."""
+        interval: float = Field(default=5.0, ge=0.1, le=3_600)
+        """Seconds between two questions to an agent."""
 
     def __init__(self, config: Config) -> None:
-        agent = PluginRef("agent", {"port": config.port})
-        self.checks = (CheckSpec(agent, interval=config.interval),)
+        self.checks = (CheckSpec(PluginRef("agent", {"port": config.port}), interval=config.interval),)
+        """The agents, to be asked beside the checks of the service."""
         self._start = 0
 
     def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
