@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sapin.core.model import Config, RealServer, VirtualService
+from sapin.core.model import Config, VirtualService
+
+
+@dataclass(frozen=True, slots=True)
+class ServerChange:
+    """What changed in a real server that a service had before and still has."""
+
+    name: str
+    keys: tuple[str, ...]
+    """The fields of :class:`~sapin.core.model.RealServer` that differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +29,8 @@ class ServiceChange:
     """Real servers that only the new configuration has."""
     removed: tuple[str, ...]
     """Real servers that only the old configuration has."""
-    changed: Mapping[str, tuple[str, ...]]
-    """Real servers that both have, with the fields of :class:`~sapin.core.model.RealServer` that differ."""
+    changed: tuple[ServerChange, ...]
+    """Real servers that both have and that differ."""
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.added or self.removed or self.changed)
@@ -69,20 +78,14 @@ def diff(old: Config, new: Config) -> Changes:
 def _service_change(old: VirtualService, new: VirtualService) -> ServiceChange:
     before = {server.name: server for server in old.real_servers}
     after = {server.name: server for server in new.real_servers}
+    both = (ServerChange(name, _differing(before[name], after[name])) for name in after if name in before)
     return ServiceChange(
         name=new.name,
         keys=tuple(key for key in _differing(old, new) if key != "real_servers"),
         added=_only(after, before),
         removed=_only(before, after),
-        changed=_changed_servers(before, after),
+        changed=tuple(change for change in both if change.keys),
     )
-
-
-def _changed_servers(
-    before: Mapping[str, RealServer], after: Mapping[str, RealServer]
-) -> dict[str, tuple[str, ...]]:
-    both = {name: _differing(before[name], after[name]) for name in after if name in before}
-    return {name: keys for name, keys in both.items() if keys}
 
 
 def _only(these: Iterable[str], those: Mapping[str, Any]) -> tuple[str, ...]:
@@ -98,4 +101,5 @@ def _service_lines(service: ServiceChange) -> Iterator[str]:
         yield f"{service.name}: {', '.join(service.keys)} changed"
     yield from (f"{service.name}/{name}: removed" for name in service.removed)
     yield from (f"{service.name}/{name}: added" for name in service.added)
-    yield from (f"{service.name}/{name}: {', '.join(keys)} changed" for name, keys in service.changed.items())
+    for server in service.changed:
+        yield f"{service.name}/{server.name}: {', '.join(server.keys)} changed"

@@ -169,13 +169,9 @@ def _leader(table: ServiceTable) -> VirtualService:
 
 
 def _follower(table: ServiceTable, leader: VirtualService) -> VirtualService:
-    """A service with its leader's servers, each on the follower's own port unless the file says another."""
-    if table.real_servers is None:
-        servers = tuple(replace(server, port=None) for server in leader.real_servers)
-    else:
-        servers = tuple(server.server() for server in table.real_servers)
+    """A service with all of its leader's that it does not have of its own."""
     following = table.following.ref() if table.following else DEFAULT_FOLLOWING
-    return replace(leader, real_servers=servers, follows=leader.name, following=following, **_own(table))
+    return replace(leader, follows=leader.name, following=following, **_own(table))
 
 
 def _own(table: ServiceTable) -> dict[str, Any]:

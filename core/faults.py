@@ -18,8 +18,11 @@ from pydantic_core import ErrorDetails
 Loc = tuple[str | int, ...]
 """Where something stands in a document: keys of tables and indices of lists, from the outside in."""
 
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SHOWN = 64
+"""Characters of a value that are shown, at most."""
+_LISTED = 16
+"""Known words that are listed, at most."""
 
 _REASONS = {
     "missing": "is missing",
@@ -83,6 +86,7 @@ class Report:
 
     def add(self, loc: Loc, reason: str) -> None:
         """Add a fault of what stands at ``loc``; below a plain value, the fault is that value's."""
+        reason = " ".join(reason.split())
         reasons = self._found.setdefault(self._clip(loc), [])
         if reason not in reasons:
             reasons.append(reason)
@@ -155,12 +159,15 @@ def suggest(word: str, known: Sequence[str]) -> str:
     nearest = get_close_matches(word[:_SHOWN], known, n=1)
     if nearest:
         return f"did you mean {show(nearest[0])}?"
-    return f"known are {', '.join(known)}" if known else "none is known"
+    listed = [*known[:_LISTED], *(["…"] if len(known) > _LISTED else [])]
+    return f"known are {', '.join(listed)}" if listed else "none is known"
 
 
 def show(value: Any) -> str:
     """A value about as TOML writes it, on one line, of bounded length and safe to print."""
     match value:
+        case None:
+            return "none"
         case bool():
             return str(value).lower()
         case str():

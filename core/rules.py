@@ -6,7 +6,7 @@ is ``None`` here, and no rule speaks of it, so that one mistake is one fault.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ValidationError
@@ -19,9 +19,10 @@ from sapin.core.schema import (
     PluginTable,
     ServerTable,
     ServiceTable,
+    families,
 )
 
-_SHARED = {"address": None, "weight": 1, "state": AdminState.ENABLED}
+_SHARED = {"address": None, "port": None, "weight": 1, "state": AdminState.ENABLED}
 """What leader and follower agree on for a server, and what each key is when it is absent."""
 
 
@@ -58,6 +59,9 @@ class _Server(NamedTuple):
     table: ServerTable
 
 
+_Listening = Mapping[tuple[IPAddress | None, int | None], _Service]
+
+
 def check_services(tables: Sequence[ServiceTable], plugins: PluginCatalogue, report: Report) -> None:
     """Report every rule that a virtual service breaks."""
     services = [_Service(("virtual_services", index), table) for index, table in enumerate(tables)]
@@ -70,9 +74,11 @@ def check_services(tables: Sequence[ServiceTable], plugins: PluginCatalogue, rep
             report.add((*service.loc, "source"), 'is not available in this version; use "nat"')
         if service.table.follows is None:
             _check_leader(service, report)
-        else:
-            _check_follower(service, named, report)
-        _check_servers(service, listening, report)
+            _check_server_endpoints(service, listening, report)
+        elif leader := _leader(service, named, report):
+            _check_follower(service, leader, report)
+            _check_followed_endpoints(service, leader, listening, report)
+        _check_servers(service, report)
         for loc, kind, table in _plugin_tables(service):
             _check_plugin(loc, kind, table, plugins, report)
 
@@ -102,14 +108,9 @@ def _check_endpoints(services: Sequence[_Service], report: Report) -> None:
 def _overlap(one: IPAddress, other: IPAddress) -> bool:
     """Whether sockets on the two would take the same datagrams."""
     return one == other or any(
-        wide.is_unspecified and narrow.version in _families(wide)
+        wide.is_unspecified and narrow.version in families(wide)
         for wide, narrow in ((one, other), (other, one))
     )
-
-
-def _families(address: IPAddress) -> tuple[int, ...]:
-    """The address families of the clients that reach a service there; ``::`` is dual-stack."""
-    return (4, 6) if address.version == 6 and address.is_unspecified else (address.version,)
 
 
 # Real servers
@@ -123,29 +124,29 @@ def _check_leader(service: _Service, report: Report) -> None:
         report.add((*service.loc, "following"), "has no meaning in a service that does not follow another")
 
 
-def _check_servers(
-    service: _Service, listening: dict[tuple[IPAddress | None, int | None], _Service], report: Report
-) -> None:
+def _check_servers(service: _Service, report: Report) -> None:
     names: dict[str, int] = {}
-    endpoints: dict[Endpoint, int] = {}
-    for index, (here, server) in enumerate(_servers(service)):
+    for index, (loc, server) in enumerate(_servers(service)):
         if server.name is not None and (first := names.setdefault(server.name, index)) != index:
-            report.add((*here, "name"), f"is the name of real_servers[{first}] already")
-        at = (*here, "address")
-        _check_family(at, server, service, report)
-        endpoint = _endpoint(server, service.table)
-        if endpoint is None:
+            report.add((*loc, "name"), f"is the name of real_servers[{first}] already")
+        mine, its = service.table.address, server.address
+        if mine is not None and its is not None and its.version not in families(mine):
+            report.add((*loc, "address"), f"is IPv{its.version}, but the service is at {mine}")
+
+
+def _check_server_endpoints(service: _Service, listening: _Listening, report: Report) -> None:
+    seen: dict[Endpoint, int] = {}
+    for index, (loc, server) in enumerate(_servers(service)):
+        port = server.port or service.table.port
+        if server.address is None or port is None:
             continue
-        if (first := endpoints.setdefault(endpoint, index)) != index:
-            report.add(at, f"leads to {endpoint}, as real_servers[{first}] does already")
+        endpoint = Endpoint(server.address, port)
+        if (first := seen.setdefault(endpoint, index)) != index:
+            report.add((*loc, "address"), f"leads to {endpoint}, as real_servers[{first}] does already")
         if other := listening.get(endpoint):
-            report.add(at, f"leads to {endpoint}, where {other} is: datagrams would go in circles")
-
-
-def _check_family(loc: Loc, server: ServerTable, service: _Service, report: Report) -> None:
-    mine, its = service.table.address, server.address
-    if mine is not None and its is not None and its.version not in _families(mine):
-        report.add(loc, f"is IPv{its.version}, but the service is at {mine}")
+            report.add(
+                (*loc, "address"), f"leads to {endpoint}, which is {other}: datagrams would go in circles"
+            )
 
 
 def _servers(service: _Service) -> list[_Server]:
@@ -153,15 +154,11 @@ def _servers(service: _Service) -> list[_Server]:
     return [_Server((*service.loc, "real_servers", index), table) for index, table in enumerate(tables)]
 
 
-def _endpoint(server: ServerTable, service: ServiceTable) -> Endpoint | None:
-    port = server.port or service.port
-    return None if server.address is None or port is None else Endpoint(server.address, port)
-
-
 # Leaders and followers
 
 
-def _check_follower(service: _Service, named: dict[str, _Service], report: Report) -> None:
+def _leader(service: _Service, named: Mapping[str, _Service], report: Report) -> _Service | None:
+    """The service that this one may follow, if it names such a one."""
     loc = (*service.loc, "follows")
     follows = service.table.follows or ""
     leader = named.get(follows)
@@ -173,14 +170,40 @@ def _check_follower(service: _Service, named: dict[str, _Service], report: Repor
     elif leader.table.follows is not None:
         report.add(loc, f"{leader} follows {show(leader.table.follows)}; follow a service that follows none")
     else:
-        _check_source(service, leader, report)
-        _check_same_plugin("scheduler", DEFAULT_SCHEDULER, service, leader, report)
-        _check_same_plugin("persistence", DEFAULT_PERSISTENCE, service, leader, report)
-        _check_same_timeout(service, leader, report)
-        if service.table.real_servers is None:
-            _check_inherited(service, leader, report)
-        else:
-            _check_same_servers(service, leader, report)
+        return leader
+    return None
+
+
+def _check_follower(service: _Service, leader: _Service, report: Report) -> None:
+    _check_source(service, leader, report)
+    _check_same_plugin("scheduler", DEFAULT_SCHEDULER, service, leader, report)
+    _check_same_plugin("persistence", DEFAULT_PERSISTENCE, service, leader, report)
+    _check_same_timeout(service, leader, report)
+    if service.table.real_servers is None:
+        _check_inherited(service, leader, report)
+    else:
+        _check_same_servers(service, leader, report)
+
+
+def _check_followed_endpoints(
+    service: _Service, leader: _Service, listening: _Listening, report: Report
+) -> None:
+    """By default the leader's servers are reached at their addresses, on the follower's port."""
+    port, following = service.table.port, service.table.following
+    if port is None or (following is not None and (following.plugin != "port" or following.options)):
+        return
+    loc = (*service.loc, "port")
+    seen: dict[IPAddress, str | None] = {}
+    for _, server in _servers(leader):
+        if server.address is None:
+            continue
+        endpoint = Endpoint(server.address, port)
+        if (first := seen.setdefault(server.address, server.name)) != server.name:
+            report.add(loc, f"leads {first} and {server.name} of {leader} both to {endpoint}")
+        if other := listening.get(endpoint):
+            report.add(
+                loc, f"leads {server.name} to {endpoint}, which is {other}: datagrams would go in circles"
+            )
 
 
 def _check_source(service: _Service, leader: _Service, report: Report) -> None:
@@ -218,7 +241,7 @@ def _check_same_timeout(service: _Service, leader: _Service, report: Report) -> 
 def _check_inherited(service: _Service, leader: _Service, report: Report) -> None:
     address = service.table.address
     for _, server in _servers(leader):
-        if address and server.address and server.address.version not in _families(address):
+        if address and server.address and server.address.version not in families(address):
             version = server.address.version
             report.add((*service.loc, "address"), f"cannot be served by the IPv{version} servers of {leader}")
             return
@@ -235,8 +258,9 @@ def _check_same_servers(service: _Service, leader: _Service, report: Report) -> 
             _check_same_server(server, theirs[name], leader, report)
         else:
             report.add((*server.loc, "name"), f"is not among the real servers of {leader}")
-    for name in theirs.keys() - mine.keys():
-        report.add((*service.loc, "real_servers"), f"lacks {show(name)}, a real server of {leader}")
+    for name in theirs:
+        if name not in mine:
+            report.add((*service.loc, "real_servers"), f"lacks {show(name)}, a real server of {leader}")
 
 
 def _check_same_server(mine: _Server, its: _Server, leader: _Service, report: Report) -> None:

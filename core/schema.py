@@ -102,6 +102,11 @@ def parse_server_address(value: object) -> IPAddress:
     return found
 
 
+def families(vip: IPAddress) -> tuple[int, ...]:
+    """The address families of the clients that reach a service on ``vip``; ``::`` is dual-stack."""
+    return (4, 6) if vip.version == 6 and vip.is_unspecified else (vip.version,)
+
+
 def _refuse_odd_ipv6(found: IPv6Address) -> None:
     if found.ipv4_mapped is not None:
         raise ValueError(f"is an IPv4 address in IPv6 form; write {found.ipv4_mapped}")
