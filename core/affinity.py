@@ -1,0 +1,474 @@
+"""The affinity table: which member (real server) each client of an affinity group is pinned to.
+
+A *pin* binds one or more keys to one member: a client may be found by its IKE SPI and by the tuples of
+its two ports alike. One table serves a whole affinity group, so that ports which follow each other agree.
+
+Rules:
+
+* A key belongs to one pin at most. A pin that has lost its last key is gone.
+* A pin has at most :data:`MAX_KEYS` keys. One key more displaces the oldest of its kind (what precedes the
+  colon), or else the oldest; but never the first, the *primary* key.
+* A pin expires ``timeout`` seconds after it was last put or touched. Touching writes one number; a lazy
+  timer wheel finds what is due (:mod:`sapin.core.wheel`).
+* A table never holds more than ``limit`` pins. A full one evicts the least recently due.
+* Every operation is bounded in time, whatever the number of pins. To clear a member is to forget its
+  ring of pins: from then on they are misses, and :meth:`AffinityTable.sweep` gives back their slots.
+* Every change but a touch goes to the feed, as the state of a pin after it, never as a difference. Whoever
+  applies the feed in its order to an empty table, or to a plain mapping of key to server, has the same pins.
+
+How it is kept, and why so, is in :mod:`sapin.core.slots`.
+
+Times are whole seconds of one monotonic clock that the caller reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, NamedTuple
+
+from sapin.core.contracts import Key
+from sapin.core.slots import Keys, M, Owners
+from sapin.core.wheel import TimerWheel, column
+
+MAX_KEYS = 8
+"""Keys of one pin: an SPI and the tuples of two ports, with room for a few address changes and rekeys."""
+
+MAX_KEY_LENGTH = 255
+"""Bytes of one key; its length is kept in one byte."""
+
+_EVICTION_LOOKS = 1000
+"""Pins that one eviction may look at (about 1 ms): beyond that the least recently due of these has to go."""
+
+_FOREVER = 2**32 - 1
+
+
+class Cause(StrEnum):
+    """Why keys are no longer pinned."""
+
+    EXPIRED = "expired"
+    EVICTED = "evicted"
+    """The table was full."""
+    DELETED = "deleted"
+    """Somebody asked for it."""
+    DISPLACED = "displaced"
+    """The pin had too many keys; it goes on without these."""
+
+
+class Put(NamedTuple):
+    """A pin as it is now: it is new, has another server, or other keys. No other pin has its keys any more."""
+
+    group: str
+    keys: tuple[Key, ...]
+    """All of its keys, the primary first."""
+    server: str
+    since: int
+    """When it was pinned to this server."""
+
+
+class Removed(NamedTuple):
+    """Keys are no longer pinned."""
+
+    group: str
+    keys: tuple[Key, ...]
+    server: str
+    cause: Cause
+
+
+class Cleared(NamedTuple):
+    """A server has lost all its pins."""
+
+    group: str
+    server: str
+
+
+Change = Put | Removed | Cleared
+Feed = Callable[[Change], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A pin, for showing and for keeping."""
+
+    keys: tuple[Key, ...]
+    server: str
+    since: int
+    """When it was pinned to this server."""
+    due: int
+    """When it expires unless it is touched."""
+
+
+class Hit(NamedTuple, Generic[M]):
+    """What a lookup found."""
+
+    member: M
+    key: Key
+    """The key that decided."""
+
+
+class Page(NamedTuple):
+    """A part of a listing."""
+
+    pins: tuple[Pin, ...]
+    """Possibly none, although more pages follow."""
+    next: int | None
+    """Where the next page starts; ``None`` after the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityStats:
+    """Figures of a table; all but the first three only ever grow."""
+
+    size: int
+    limit: int
+    unswept: int
+    """Slots of cleared pins that :meth:`AffinityTable.sweep` has yet to give back."""
+    inserted: int
+    moved: int
+    deleted: int
+    cleared: int
+    expired: int
+    evicted: int
+
+
+class AffinityTable(Generic[M]):
+    """The pins of one affinity group."""
+
+    __slots__ = (
+        "_cleared",
+        "_due",
+        "_ended",
+        "_feed",
+        "_inserted",
+        "_keys",
+        "_limit",
+        "_members",
+        "_moved",
+        "_owner",
+        "_owners",
+        "_shards",
+        "_since",
+        "_top",
+        "_wheel",
+        "group",
+        "timeout",
+    )
+
+    def __init__(self, group: str, limit: int, timeout: int, feed: Feed | None = None) -> None:
+        """``feed`` is called with each change after it was made; it must not change the table itself.
+
+        Raises:
+            ValueError: ``limit`` (pins) or ``timeout`` (seconds) is not positive.
+        """
+        if limit < 1 or timeout < 1:
+            raise ValueError(f"limit and timeout must be at least 1, not {limit} and {timeout}")
+        self.group = group
+        self._limit = limit
+        self.timeout = timeout
+        """Seconds from a touch to expiry. A change counts for a pin when it is next put or touched."""
+        self._feed = feed
+        slots = limit + 1
+        self._keys = Keys(slots)
+        self._owners: Owners[M] = Owners(slots)
+        self._wheel = TimerWheel(slots)
+        self._due = column("I", slots)
+        self._since = column("q", slots)
+        self._top = 0
+        """The highest slot that was ever used. Slot 0 never is: it stands for a miss."""
+        self._shards = self._keys.shards
+        self._owner = self._owners.of
+        self._members = self._owners.members
+        self._inserted = self._moved = self._cleared = 0
+        self._ended: Counter[Cause] = Counter()
+
+    def __len__(self) -> int:
+        return self._owners.live
+
+    @property
+    def limit(self) -> int:
+        """The most pins that it holds, for all its life: memory is reserved for them."""
+        return self._limit
+
+    def get(self, key: Key) -> M | None:
+        """The member that the key is pinned to."""
+        return self._members[self._owner[self._shards[hash(key) >> 50 & 255].get(key, 0)]]
+
+    def find(self, keys: Iterable[Key]) -> Hit[M] | None:
+        """What the first of the keys that is pinned says."""
+        for key in keys:
+            member = self.get(key)
+            if member is not None:
+                return Hit(member, key)
+        return None
+
+    def touch(self, key: Key, now: int) -> M | None:
+        """Puts off the expiry of the pin that has the key, and answers its member."""
+        slot = self._shards[hash(key) >> 50 & 255].get(key, 0)
+        self._due[slot] = now + self.timeout
+        return self._members[self._owner[slot]]
+
+    def describe(self, key: Key) -> Pin | None:
+        """The pin that has the key."""
+        return self._pin(self._keys.slot(key))
+
+    def pins(self, start: int = 0, limit: int = 100, due_after: int = 0) -> Page:
+        """A page of the pins: looks at ``limit`` slots from ``start``, which is 0 or a page's ``next``.
+
+        The table may change between pages: a pin that is there all the time is listed exactly once.
+        ``due_after`` leaves out those due up to then: with ``second + timeout`` there,
+        the pins touched after that second are listed.
+        """
+        end = min(start + limit, self._top + 1)
+        late = (slot for slot in range(start, end) if self._due[slot] > due_after)
+        pins = tuple(pin for slot in late if (pin := self._pin(slot)) is not None)
+        return Page(pins, end if end <= self._top else None)
+
+    def counts(self) -> Mapping[str, int]:
+        """How many pins each server has; one without is left out."""
+        return self._owners.counts()
+
+    def stats(self) -> AffinityStats:
+        """The figures of the table as of now."""
+        return AffinityStats(
+            size=len(self),
+            limit=self._limit,
+            unswept=self._owners.orphans(),
+            inserted=self._inserted,
+            moved=self._moved,
+            deleted=self._ended[Cause.DELETED],
+            cleared=self._cleared,
+            expired=self._ended[Cause.EXPIRED],
+            evicted=self._ended[Cause.EVICTED],
+        )
+
+    def put(self, keys: Sequence[Key], member: M, now: int) -> None:
+        """Pins all the keys to the member, as one pin.
+
+        The pin of the first key that is pinned is extended by the other keys, and moved if it was
+        another member's; if none is pinned, there is a new pin.
+        Other pins lose those keys. If the pin has too many keys now, each new one displaces the
+        oldest of its kind (what precedes the colon), or else the oldest, but never the primary key.
+
+        Raises:
+            ValueError: no key, or one that is empty or longer than :data:`MAX_KEY_LENGTH`.
+        """
+        self._place(keys, member, now, now + self.timeout, self._feed)
+
+    def adopt(self, member: M) -> None:
+        """Makes this object stand for the member of the same name, whose pins it takes over."""
+        self._owners.adopt(member)
+
+    def remove(self, key: Key) -> bool:
+        """Removes the whole pin that has the key; ``False`` if there is none."""
+        slot = self._keys.slot(key)
+        if self._members[self._owner[slot]] is None:
+            return False
+        self._end(slot, Cause.DELETED)
+        return True
+
+    def clear(self, member: M) -> int:
+        """Removes all pins of the member at once, however many; answers how many. :meth:`sweep` is due then."""
+        size = self._owners.retire(member.name)
+        self._cleared += size
+        if size and self._feed is not None:
+            self._feed(Cleared(self.group, member.name))
+        return size
+
+    def sweep(self, limit: int) -> bool:
+        """Gives back up to ``limit`` slots of cleared pins; whether there are more."""
+        for _ in range(limit):
+            slot = self._owners.orphan()
+            if not slot:
+                return False
+            self._release(slot)
+        return self._owners.orphan() != 0
+
+    def expire(self, now: int, limit: int) -> bool:
+        """Looks at up to ``limit`` entries of the wheel and removes the pins that are due; whether there is more to do.
+
+        Until it is called, an overdue pin is still found, and may be touched.
+        """
+        for slot, _ in self._wheel.due(now, limit):
+            if self._members[self._owner[slot]] is None:
+                continue
+            if self._due[slot] > now:
+                self._wheel.file(slot, self._due[slot])
+            else:
+                self._end(slot, Cause.EXPIRED)
+        earliest = self._wheel.earliest()
+        return earliest is not None and earliest <= now
+
+    def restore(self, pins: Iterable[Pin], members: Mapping[str, M], now: int) -> int:
+        """Puts kept pins back, without telling the feed; how many.
+
+        A pin that is due by now or whose server is not among the members is left out. None is due later
+        than one that is touched now. What is evicted for want of room is told.
+
+        Raises:
+            ValueError: as :meth:`put`.
+        """
+        restored = 0
+        latest = now + self.timeout
+        for pin in pins:
+            member = members.get(pin.server)
+            if member is not None and pin.due > now:
+                self._place(pin.keys, member, pin.since, min(pin.due, latest), None)
+                restored += 1
+        return restored
+
+    def apply(self, change: Change, members: Mapping[str, M], now: int) -> None:
+        """Makes a change that another table's feed told, without telling the feed.
+
+        Keys that are put to a server which is not among the members are not pinned.
+
+        Raises:
+            ValueError: as :meth:`put`.
+        """
+        if isinstance(change, Cleared):
+            self._cleared += self._owners.retire(change.server)
+            return
+        member = members.get(change.server)
+        if isinstance(change, Put) and member is not None:
+            self._place(change.keys, member, change.since, now + self.timeout, None)
+        else:
+            self._detach(change.keys)
+
+    def _place(self, keys: Sequence[Key], member: M, since: int, due: int, feed: Feed | None) -> None:
+        wanted = _checked(keys)
+        slot = self._pinned(wanted) or self._allocate()
+        held = self._keys.of(slot)
+        kept = _merge(held, wanted)
+        robbed = self._assign(slot, kept, held)
+        moved = self._give(slot, member, since)
+        self._due[slot] = due
+        self._wheel.file(slot, due)
+        if feed is not None and (moved or kept != held):
+            displaced = tuple(key for key in held if key not in kept)
+            if displaced:
+                feed(Removed(self.group, displaced, member.name, Cause.DISPLACED))
+            for each in (slot, *robbed):
+                self._tell(each, feed)
+
+    def _pinned(self, keys: tuple[Key, ...]) -> int:
+        """The pin of the first key that is pinned, or 0."""
+        for key in keys:
+            slot = self._keys.slot(key)
+            if self._members[self._owner[slot]] is not None:
+                return slot
+        return 0
+
+    def _assign(self, slot: int, keys: tuple[Key, ...], held: tuple[Key, ...]) -> list[int]:
+        """Gives a slot these keys in place of those held; which other pins have fewer keys now."""
+        if keys == held:
+            return []
+        robbed = self._detach(key for key in keys if key not in held)
+        self._keys.assign(slot, keys)
+        return robbed
+
+    def _detach(self, keys: Iterable[Key]) -> list[int]:
+        """Takes keys from the pins that have them; which of these have keys left."""
+        robbed: dict[int, None] = {}
+        for key in keys:
+            slot = self._keys.slot(key)
+            if not slot:
+                continue
+            rest = tuple(other for other in self._keys.of(slot) if other != key)
+            if rest:
+                self._keys.assign(slot, rest)
+                robbed[slot] = None
+            else:
+                self._release(slot)
+                robbed.pop(slot, None)
+        return [slot for slot in robbed if self._members[self._owner[slot]] is not None]
+
+    def _give(self, slot: int, member: M, since: int) -> bool:
+        """Makes the member the owner of a slot; ``False`` if it was already."""
+        owner = self._members[self._owner[slot]]
+        if owner is not None:
+            if owner.name == member.name:
+                self._owners.adopt(member)
+                return False
+            self._owners.take(slot)
+            self._moved += 1
+        self._owners.give(slot, member)
+        self._since[slot] = since
+        return True
+
+    def _tell(self, slot: int, feed: Feed) -> None:
+        pin = self._pin(slot)
+        if pin is not None:
+            feed(Put(self.group, pin.keys, pin.server, pin.since))
+
+    def _allocate(self) -> int:
+        """A slot for a new pin."""
+        self._inserted += 1
+        slot = self._owners.reuse()
+        if slot:
+            return slot
+        orphan = self._owners.orphan()
+        if orphan:
+            self._release(orphan)
+        elif self._top < self._limit:
+            self._top += 1
+            return self._top
+        else:
+            self._end(self._least_due(), Cause.EVICTED)
+        return self._owners.reuse()
+
+    def _least_due(self) -> int:
+        """The pin to evict from a full table, in which every slot is a pin's and is filed."""
+        least = 0
+        while not least:
+            for slot, second in self._wheel.due(_FOREVER, _EVICTION_LOOKS):
+                if self._due[slot] <= second:
+                    return slot
+                self._wheel.file(slot, self._due[slot])
+                if not least or self._due[slot] < self._due[least]:
+                    least = slot
+        return least
+
+    def _end(self, slot: int, cause: Cause) -> None:
+        keys, member = self._keys.of(slot), self._members[self._owner[slot]]
+        self._release(slot)
+        self._ended[cause] += 1
+        if self._feed is not None and member is not None:
+            self._feed(Removed(self.group, keys, member.name, cause))
+
+    def _release(self, slot: int) -> None:
+        self._keys.assign(slot, ())
+        self._owners.free(slot)
+
+    def _pin(self, slot: int) -> Pin | None:
+        member = self._members[self._owner[slot]]
+        if member is None:
+            return None
+        return Pin(self._keys.of(slot), member.name, self._since[slot], self._due[slot])
+
+
+def _checked(keys: Sequence[Key]) -> tuple[Key, ...]:
+    """The keys without repetition; of too many, the strongest."""
+    if not keys:
+        raise ValueError("a pin needs a key")
+    for key in keys:
+        if not 0 < len(key) <= MAX_KEY_LENGTH:
+            raise ValueError(f"a key has 1 to {MAX_KEY_LENGTH} bytes, not {len(key)}")
+    return tuple(dict.fromkeys(keys))[:MAX_KEYS]
+
+
+def _merge(held: tuple[Key, ...], keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    """The keys of a pin that has some and gets more, within the bound."""
+    kept = list(held)
+    for key in keys:
+        if key not in kept:
+            if len(kept) == MAX_KEYS:
+                kept.remove(_displaced(kept, key))
+            kept.append(key)
+    return tuple(kept)
+
+
+def _displaced(keys: list[Key], newcomer: Key) -> Key:
+    kind = newcomer.partition(b":")[0]
+    secondary = keys[1:]
+    return next((key for key in secondary if key.partition(b":")[0] == kind), secondary[0])
