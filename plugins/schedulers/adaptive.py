@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from sapin.core.contracts import Candidate, Request
 from sapin.core.model import CheckSpec, PluginRef
+from sapin.plugins.schedulers.least_connections import least
 
 
 class Adaptive:
@@ -34,16 +35,9 @@ class Adaptive:
 
     def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate with the fewest clients for what it asks; among equals, the next after the last pick."""
-        count = len(candidates)
-        start = self._start % count
         asked = [candidate.weight * candidate.share for candidate in candidates]
         if not any(asked):
             asked = [candidate.weight for candidate in candidates]
-        # To start with: one client for no weight, which is worse than any.
-        best, fewest, weight = start, 1, 0
-        for index in range(start - count, start):
-            pinned = candidates[index].pinned
-            if pinned * weight < fewest * asked[index]:
-                best, fewest, weight = index, pinned, asked[index]
-        self._start = (best + 1) % count
+        best = least(candidates, asked, self._start)
+        self._start = best + 1
         return candidates[best]

@@ -56,14 +56,15 @@ class Maglev:
             self._table = build(weights)
 
     def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate at the key's entry, or at the next entry that has a candidate."""
+        """The candidate at the key's entry, or, where that server is gone, at another entry."""
         if candidates is not self._candidates or self._table is not self._adopted:
             self._adopt(self._table, candidates)
         point = stable_hash(request.key)
         entries, servers = self._entries, self._servers
-        start = point % ENTRIES
-        for entry in range(start - len(entries), start):
-            server = servers[entries[entry]]
+        # Each key has a step of its own: the server of the entry next door depends on the one that is gone.
+        start, step = point % ENTRIES, point // ENTRIES % (ENTRIES - 1) + 1
+        for place in range(start, start + step * len(entries), step):
+            server = servers[entries[place % ENTRIES]]
             if server is not None:
                 return server
         return candidates[point % len(candidates)]
