@@ -6,12 +6,12 @@ A record is the *absolute* state of one thing (a pin has these keys and this ser
 difference. So a record may be applied twice, and records that follow a checkpoint may be applied
 to one that already shows some of them: every key and every flow ends as its last record says. That
 is what makes a fuzzy checkpoint sound, one that is written piece by piece while the state changes (the
-same idea as fuzzy checkpoints of ARIES, Mohan et al., TODS 17(1), 1992, without its undo). Three rules
-carry the argument:
+idea of ARIES, Mohan et al., TODS 17(1), 1992, section 5.4, without its undo). The records of pins are the
+change feed of :mod:`sapin.core.affinity` as it comes, and mean what its feed means to a mapping of keys:
 
-* :class:`PinPut` owns its keys: every other pin that has one of them is gone, whole;
-* :class:`PinRemoved` removes the pin that has the key, whole, and is nothing where there is none;
-* a key that no record mentions is as the checkpoint says.
+* :class:`~sapin.core.affinity.Put`: these keys have this pin; a pin that had some of them has lost them;
+* :class:`~sapin.core.affinity.Removed`: these keys have none;
+* :class:`~sapin.core.affinity.Cleared`: no key has a pin of that server.
 
 On disk, a file is a header line and then frames. One frame holds the records of one flush::
 
@@ -28,11 +28,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
-from sys import intern
 from typing import Any, NamedTuple, get_origin, get_type_hints
 from zlib import crc32
 
 import msgpack  # type: ignore[import-untyped]
+
+from sapin.core.affinity import Cleared, Put, Removed
 
 VERSION = 1
 MAX_FRAME = 16 * 1024 * 1024
@@ -43,31 +44,6 @@ MAX_RECORDS = 65_536
 _FRAME = Struct(">4sII")
 _MARK = b"\xf5\xf6\xf7\x01"
 _HEADER = re.compile(rb"sapin (journal|checkpoint) (\d{1,9})\n")
-
-
-class PinPut(NamedTuple):
-    """A pin as it is now: found by these keys, on that server."""
-
-    group: str
-    keys: tuple[bytes, ...]
-    server: str
-    since: int
-    """Wall-clock seconds at which the client was first pinned."""
-
-
-class PinRemoved(NamedTuple):
-    """The pin that has this key is gone, with all its keys."""
-
-    group: str
-    key: bytes
-    cause: str = ""
-
-
-class Cleared(NamedTuple):
-    """All pins of this server are gone."""
-
-    group: str
-    server: str
 
 
 class FlowOpened(NamedTuple):
@@ -113,12 +89,12 @@ class End(NamedTuple):
     """How many records came before this one."""
 
 
-Record = PinPut | PinRemoved | Cleared | FlowOpened | FlowClosed | Tick | End
+Record = Put | Removed | Cleared | FlowOpened | FlowClosed | Tick | End
 
 KINDS: Mapping[int, type[Record]] = {
     0: End,
-    1: PinPut,
-    2: PinRemoved,
+    1: Put,
+    2: Removed,
     3: Cleared,
     4: FlowOpened,
     5: FlowClosed,
@@ -127,12 +103,17 @@ KINDS: Mapping[int, type[Record]] = {
 """The byte on disk of each kind of record. A number is never given to another kind."""
 
 _KIND_OF = {record: kind for kind, record in KINDS.items()}
-_FIELDS = {
-    kind: tuple(get_origin(hint) or hint for hint in get_type_hints(record).values())
-    for kind, record in KINDS.items()
-}
-_PIN_PUT = _KIND_OF[PinPut]
+_WITH_KEYS = {_KIND_OF[Put], _KIND_OF[Removed]}
 _BYTES = {bytes}
+
+
+def _plain(hint: Any) -> type:
+    """What a field of that type is decoded to; an enumeration of words stays a plain string."""
+    found = get_origin(hint) or hint
+    return str if issubclass(found, str) else found
+
+
+_FIELDS = {kind: tuple(map(_plain, get_type_hints(record).values())) for kind, record in KINDS.items()}
 
 
 class FormatError(Exception):
@@ -248,10 +229,11 @@ def _decode(data: bytes, start: int, end: int) -> Frame:
     if newer:
         raise FormatError(start, f"records of the unknown kind {min(newer)}")
     records = [
-        KINDS[kind]._make(record)
+        # What _make does, without counting the fields again.
+        tuple.__new__(KINDS[kind], record)
         for kind, record in zip(kinds, fields, strict=True)
         if tuple(map(type, record)) == _FIELDS[kind]
-        and (kind != _PIN_PUT or set(map(type, record[1])) <= _BYTES)
+        and (kind not in _WITH_KEYS or set(map(type, record[1])) <= _BYTES)
     ]
     return Frame(end, records, len(kinds) - len(records))
 
@@ -265,17 +247,12 @@ def _unpack(payload: memoryview) -> tuple[bytes, tuple[tuple[Any, ...], ...]]:
     return kinds, records
 
 
-Pin = tuple[tuple[bytes, ...], str, int]
-"""Keys, server, since."""
-
-
 class _Tenure:
-    """The time between two clearings of a server: clearing it ends all its pins in one step."""
+    """The time between two clearings of a server: to end it ends all its pins in one step."""
 
-    __slots__ = ("cleared", "server")
+    __slots__ = ("cleared",)
 
-    def __init__(self, server: str) -> None:
-        self.server = server
+    def __init__(self) -> None:
         self.cleared = False
 
 
@@ -283,36 +260,32 @@ class _Group:
     """The pins of one affinity group."""
 
     def __init__(self) -> None:
-        self._pins: dict[bytes, tuple[tuple[bytes, ...], _Tenure, int]] = {}
-        self._tenures: dict[str, _Tenure] = {}
+        self._pins: dict[bytes, tuple[Put, _Tenure]] = {}
+        self._tenures: defaultdict[str, _Tenure] = defaultdict(_Tenure)
 
-    def put(self, keys: tuple[bytes, ...], server: str, since: int) -> None:
-        tenure = self._tenures.get(server)
-        if tenure is None:
-            tenure = self._tenures[server] = _Tenure(intern(server))
-        pins = self._pins
-        pin = (keys, tenure, since)
-        for key in keys:
-            if key in pins:
-                self.remove(key)
-        for key in keys:
-            pins[key] = pin
+    def put(self, record: Put) -> None:
+        pin = record, self._tenures[record.server]
+        for key in record.keys:
+            self._pins[key] = pin
 
-    def remove(self, key: bytes) -> None:
-        pin = self._pins.get(key)
-        if pin is not None:
-            for each in pin[0]:
-                self._pins.pop(each, None)
+    def remove(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._pins.pop(key, None)
 
     def clear(self, server: str) -> None:
-        tenure = self._tenures.pop(server, None)
-        if tenure is not None:
-            tenure.cleared = True
+        self._tenures.pop(server, _Tenure()).cleared = True
 
-    def pins(self) -> Iterator[Pin]:
-        for key, (keys, tenure, since) in self._pins.items():
-            if key == keys[0] and not tenure.cleared:
-                yield keys, tenure.server, since
+    def pins(self) -> Iterator[Put]:
+        for key, pin in self._pins.items():
+            record, tenure = pin
+            if tenure.cleared:
+                continue
+            if len(record.keys) == 1:
+                yield record
+                continue
+            keys = tuple(each for each in record.keys if self._pins.get(each) is pin)
+            if key == keys[0]:
+                yield record._replace(keys=keys)
 
 
 class State:
@@ -321,9 +294,9 @@ class State:
     def __init__(self) -> None:
         self._groups: defaultdict[str, _Group] = defaultdict(_Group)
         self._flows: dict[tuple[str, bytes, int, bytes], FlowOpened] = {}
-        self._apply: Mapping[type[Record], Callable[..., None]] = {
-            PinPut: self._put,
-            PinRemoved: self._remove,
+        self._apply: Mapping[type[Record], Callable[[Any], None]] = {
+            Put: self._put,
+            Removed: self._remove,
             Cleared: self._clear,
             FlowOpened: self._open,
             FlowClosed: self._close,
@@ -337,37 +310,36 @@ class State:
         """Applies the records in their order."""
         apply = self._apply
         for record in records:
-            apply[type(record)](*record)
+            apply[type(record)](record)
 
-    def pins(self) -> dict[str, list[Pin]]:
-        """The pins of each affinity group."""
+    def pins(self) -> dict[str, list[Put]]:
+        """The pins of each affinity group, each with the keys that it still has."""
         return {name: list(group.pins()) for name, group in self._groups.items()}
 
     def flows(self) -> list[FlowOpened]:
         """The open flows."""
         return list(self._flows.values())
 
-    def _put(self, group: str, keys: tuple[bytes, ...], server: str, since: int) -> None:
-        self._groups[group].put(keys, server, since)
+    def _put(self, record: Put) -> None:
+        self._groups[record.group].put(record)
 
-    def _remove(self, group: str, key: bytes, _cause: str) -> None:
-        self._groups[group].remove(key)
+    def _remove(self, record: Removed) -> None:
+        self._groups[record.group].remove(record.keys)
 
-    def _clear(self, group: str, server: str) -> None:
-        self._groups[group].clear(server)
+    def _clear(self, record: Cleared) -> None:
+        self._groups[record.group].clear(record.server)
 
-    def _open(self, *fields: Any) -> None:
-        flow = FlowOpened._make(fields)
-        self._flows[flow[:4]] = flow
+    def _open(self, record: FlowOpened) -> None:
+        self._flows[record[:4]] = record
 
-    def _close(self, *flow: Any) -> None:
-        self._flows.pop(flow, None)
+    def _close(self, record: FlowClosed) -> None:
+        self._flows.pop(record, None)
 
-    def _tick(self, now: int) -> None:
-        self.tick = now
+    def _tick(self, record: Tick) -> None:
+        self.tick = record.now
 
-    def _end(self, _records: int) -> None:
-        """Nothing of the state: it is for whoever reads the checkpoint."""
+    def _end(self, record: End) -> None:
+        """Says nothing about the state: it is for whoever reads the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
