@@ -35,7 +35,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from errno import EIO
+from errno import EIO, ENOENT
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -57,7 +57,7 @@ RETRY_AT_LEAST, RETRY_AT_MOST = 1.0, 60.0
 _UNWRITABLE = (OSError, ValueError, TypeError, OverflowError, KeyError)
 
 Live = Callable[[], Iterator[Sequence[Record]]]
-"""Begins a walk over the live state: ``Put`` and ``FlowOpened`` records in chunks of about a thousand,
+"""Begins a walk over the live state: ``PinPut`` and ``FlowOpened`` records in chunks of about a thousand,
 each as it is when it is asked for. The state may change between two chunks, under one condition: what is
 there during the whole walk is in it."""
 
@@ -115,6 +115,11 @@ class _File:
             raise
         self.size += written
 
+    def check(self) -> None:
+        """Raises OSError if somebody deleted it: writing would go on, and nobody would ever read it."""
+        if os.fstat(self._fd).st_nlink == 0:
+            raise OSError(ENOENT, f"{self.path.name} was deleted")
+
     @property
     def unsynced(self) -> int:
         """Bytes that a loss of power could cost."""
@@ -126,7 +131,7 @@ class _File:
             size = self.size
             # A descriptor of its own: the file may be closed in the meantime, and its number given away.
             await trio.to_thread.run_sync(_sync_and_close, os.dup(self._fd))
-            self._synced = size
+            self._synced = max(self._synced, size)
 
     def sync_and_close(self) -> None:
         """The same at once, at the end."""
@@ -281,6 +286,7 @@ class Store:
         journal = self._journal
         try:
             if journal is not None:
+                journal.check()
                 await journal.sync()
         except OSError as error:
             if journal is self._journal:
