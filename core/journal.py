@@ -6,12 +6,12 @@ A record is the *absolute* state of one thing (a pin has these keys and this ser
 difference. So a record may be applied twice, and records that follow a checkpoint may be applied
 to one that already shows some of them: every key and every flow ends as its last record says. That
 is what makes a fuzzy checkpoint sound, one that is written piece by piece while the state changes (the
-idea of ARIES, Mohan et al., TODS 17(1), 1992, section 5.4, without its undo). Pins are kept by key, as the change feed
-of :mod:`sapin.core.affinity` tells them:
+idea of ARIES, Mohan et al., TODS 17(1), 1992, section 5.4, without its undo). The records of pins are the
+change feed of :mod:`sapin.core.affinity` as it comes, and mean what its feed means to a mapping of keys:
 
-* :class:`PinPut`: these keys have this pin; a pin that had some of them has lost them;
-* :class:`PinRemoved`: these keys have none;
-* :class:`Cleared`: no key has a pin of that server.
+* :class:`~sapin.core.affinity.Put`: these keys have this pin; a pin that had some of them has lost them;
+* :class:`~sapin.core.affinity.Removed`: these keys have none;
+* :class:`~sapin.core.affinity.Cleared`: no key has a pin of that server.
 
 On disk, a file is a header line and then frames. One frame holds the records of one flush::
 
@@ -33,6 +33,8 @@ from zlib import crc32
 
 import msgpack  # type: ignore[import-untyped]
 
+from sapin.core.affinity import Cleared, Put, Removed
+
 VERSION = 1
 MAX_FRAME = 16 * 1024 * 1024
 """Bytes of payload; a longer frame is damage, so that a damaged length costs no memory."""
@@ -42,31 +44,6 @@ MAX_RECORDS = 65_536
 _FRAME = Struct(">4sII")
 _MARK = b"\xf5\xf6\xf7\x01"
 _HEADER = re.compile(rb"sapin (journal|checkpoint) (\d{1,9})\n")
-
-
-class PinPut(NamedTuple):
-    """A pin as it is now. No other pin has its keys any more."""
-
-    group: str
-    keys: tuple[bytes, ...]
-    """All of its keys, the primary first."""
-    server: str
-    since: int
-    """Wall-clock seconds at which it was pinned to this server."""
-
-
-class PinRemoved(NamedTuple):
-    """These keys are no longer pinned."""
-
-    group: str
-    keys: tuple[bytes, ...]
-
-
-class Cleared(NamedTuple):
-    """The server has lost all its pins."""
-
-    group: str
-    server: str
 
 
 class FlowOpened(NamedTuple):
@@ -112,12 +89,12 @@ class End(NamedTuple):
     """How many records came before this one."""
 
 
-Record = PinPut | PinRemoved | Cleared | FlowOpened | FlowClosed | Tick | End
+Record = Put | Removed | Cleared | FlowOpened | FlowClosed | Tick | End
 
 KINDS: Mapping[int, type[Record]] = {
     0: End,
-    1: PinPut,
-    2: PinRemoved,
+    1: Put,
+    2: Removed,
     3: Cleared,
     4: FlowOpened,
     5: FlowClosed,
@@ -126,14 +103,17 @@ KINDS: Mapping[int, type[Record]] = {
 """The byte on disk of each kind of record. A number is never given to another kind."""
 
 _KIND_OF = {record: kind for kind, record in KINDS.items()}
-_WITH_KEYS = {_KIND_OF[PinPut], _KIND_OF[PinRemoved]}
+_WITH_KEYS = {_KIND_OF[Put], _KIND_OF[Removed]}
 _BYTES = {bytes}
 
 
-_FIELDS = {
-    kind: tuple(get_origin(hint) or hint for hint in get_type_hints(record).values())
-    for kind, record in KINDS.items()
-}
+def _plain(hint: Any) -> type:
+    """What a field of that type is decoded to; an enumeration of words stays a plain string."""
+    found = get_origin(hint) or hint
+    return str if issubclass(found, str) else found
+
+
+_FIELDS = {kind: tuple(map(_plain, get_type_hints(record).values())) for kind, record in KINDS.items()}
 
 
 class FormatError(Exception):
@@ -280,10 +260,10 @@ class _Group:
     """The pins of one affinity group."""
 
     def __init__(self) -> None:
-        self._pins: dict[bytes, tuple[PinPut, _Tenure]] = {}
+        self._pins: dict[bytes, tuple[Put, _Tenure]] = {}
         self._tenures: defaultdict[str, _Tenure] = defaultdict(_Tenure)
 
-    def put(self, record: PinPut) -> None:
+    def put(self, record: Put) -> None:
         pin = record, self._tenures[record.server]
         for key in record.keys:
             self._pins[key] = pin
@@ -295,7 +275,7 @@ class _Group:
     def clear(self, server: str) -> None:
         self._tenures.pop(server, _Tenure()).cleared = True
 
-    def pins(self) -> Iterator[PinPut]:
+    def pins(self) -> Iterator[Put]:
         for key, pin in self._pins.items():
             record, tenure = pin
             if tenure.cleared:
@@ -315,8 +295,8 @@ class State:
         self._groups: defaultdict[str, _Group] = defaultdict(_Group)
         self._flows: dict[tuple[str, bytes, int, bytes], FlowOpened] = {}
         self._apply: Mapping[type[Record], Callable[[Any], None]] = {
-            PinPut: self._put,
-            PinRemoved: self._remove,
+            Put: self._put,
+            Removed: self._remove,
             Cleared: self._clear,
             FlowOpened: self._open,
             FlowClosed: self._close,
@@ -332,7 +312,7 @@ class State:
         for record in records:
             apply[type(record)](record)
 
-    def pins(self) -> dict[str, list[PinPut]]:
+    def pins(self) -> dict[str, list[Put]]:
         """The pins of each affinity group, each with the keys that it still has."""
         return {name: list(group.pins()) for name, group in self._groups.items()}
 
@@ -340,10 +320,10 @@ class State:
         """The open flows."""
         return list(self._flows.values())
 
-    def _put(self, record: PinPut) -> None:
+    def _put(self, record: Put) -> None:
         self._groups[record.group].put(record)
 
-    def _remove(self, record: PinRemoved) -> None:
+    def _remove(self, record: Removed) -> None:
         self._groups[record.group].remove(record.keys)
 
     def _clear(self, record: Cleared) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from sapin.core.journal import FlowOpened, FormatError, PinPut, Replayed, State, replay
+from sapin.core.affinity import Put
+from sapin.core.journal import FlowOpened, FormatError, Replayed, State, replay
 
 KEPT = 8
 """Damaged files that are kept; a further one is reported, and goes with the next checkpoint."""
@@ -72,7 +73,7 @@ class Report:
 class Restored:
     """What was on disk."""
 
-    pins: dict[str, list[PinPut]]
+    pins: dict[str, list[Put]]
     """By affinity group."""
     flows: list[FlowOpened]
     tick: int

@@ -57,7 +57,7 @@ RETRY_AT_LEAST, RETRY_AT_MOST = 1.0, 60.0
 _UNWRITABLE = (OSError, ValueError, TypeError, OverflowError, KeyError)
 
 Live = Callable[[], Iterator[Sequence[Record]]]
-"""Begins a walk over the live state: ``PinPut`` and ``FlowOpened`` records in chunks of about a thousand,
+"""Begins a walk over the live state: ``Put`` and ``FlowOpened`` records in chunks of about a thousand,
 each as it is when it is asked for. The state may change between two chunks, under one condition: what is
 there during the whole walk is in it."""
 
