@@ -66,7 +66,8 @@ class Candidate(Protocol):
     """A real server that may take a new client, with its live figures, as schedulers see it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The real server's name."""
 
     @property
     def weight(self) -> int:
@@ -164,6 +165,10 @@ class HealthCheck(Protocol):
     """Looks whether a real server can take clients. Runs in a trio task of its own."""
 
     async def check(self, target: Target) -> CheckResult:
-        """The finding. It may raise: an ``OSError`` or running over the timeout is a failure,
-        any other exception is a fault of the plugin and says nothing about the server."""
+        """The finding.
+
+        Raises:
+            OSError: counts as a failure of the server, as running over the timeout does. Any other
+                exception is a fault of the plugin and says nothing about the server.
+        """
         ...

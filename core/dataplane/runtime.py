@@ -1,0 +1,378 @@
+"""The running dataplane: joins the writer, the forwarder, the checks and the store, and keeps the time.
+
+The order of a start is the point of it: lock the state directory, read it, bind, restore pins and flows, and
+only then read the first datagram. So tunnels go on through any restart.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
+from random import Random
+
+import structlog
+import trio
+
+from sapin.core.affinity import Cause, Change, Pin, Put, Removed
+from sapin.core.dataplane.flows import Counters
+from sapin.core.dataplane.limits import flows_that_fit
+from sapin.core.dataplane.listeners import Listener, ListenError, addresses
+from sapin.core.dataplane.overrides import load_overrides, save_overrides
+from sapin.core.dataplane.prober import Prober
+from sapin.core.dataplane.recovery import Restored
+from sapin.core.dataplane.store import Store
+from sapin.core.dataplane.udp import Forwarder
+from sapin.core.journal import FlowClosed, FlowOpened, Record, Tick
+from sapin.core.model import AdminState, Config, VirtualService
+from sapin.core.registry import Registry
+from sapin.core.snapshot import Group, Snapshot
+from sapin.core.writer import Writer, plugins_of
+
+UPSTREAM_PORTS = (16_384, 65_535)
+"""Where upstream ports are taken from; each real server's endpoint has the whole range to itself."""
+STEP = 500
+"""Pins or flows that one step of housekeeping looks at: some 0.5 ms."""
+TICK = 10
+"""Seconds between the journal's notes that the daemon is alive."""
+REPORT = 60
+"""Seconds between two reports of drops or plugin faults."""
+THAW = 3600
+"""Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
+
+log = structlog.get_logger("sapin.dataplane")
+
+
+def steady_wall_clock() -> Callable[[], float]:
+    """Wall-clock seconds as of now, that go on evenly even if somebody sets the clock.
+
+    One clock serves expiry, which must not jump, and the disk, which must mean something after a restart.
+    """
+    ahead = time.time() - time.monotonic()
+    return lambda: time.monotonic() + ahead
+
+
+class Dataplane:
+    """One node's dataplane.
+
+    Args:
+        config: a valid configuration.
+        registry: where plugins come from.
+        descriptors: the limit of file descriptors in force.
+
+    Raises:
+        StoreError: the state directory cannot be used, or another daemon has it.
+        ListenError: a virtual service cannot be bound.
+        PluginError: a plugin cannot be used.
+        ValueError: the saved admin states cannot be read.
+    """
+
+    def __init__(
+        self, config: Config, registry: Registry, descriptors: int, random: Random | None = None
+    ) -> None:
+        self.clock = steady_wall_clock()
+        self.started = int(self.clock())
+        self._random = random or Random()
+        self._deleted: set[bytes] = set()
+        self._stale = trio.Event()
+        self._unprepared = trio.Event()
+        self._reported: Counter[str] = Counter()
+        self.store = Store(config.node.state_dir)
+        self.store.open()
+        try:
+            restored = self.store.load()
+            self.writer = Writer(registry, self._feed, config, load_overrides(config.node.state_dir))
+            self.prober = Prober(self.writer, registry, self._random)
+            self.forwarder = Forwarder(
+                journal=self.store.append,
+                flush=self.store.flush,
+                suspect=self.prober.suspect,
+                random=self._random,
+                clock=self.clock,
+                descriptors=descriptors,
+                ports=UPSTREAM_PORTS,
+            )
+            self._counters: dict[str, dict[str, Counters]] = {}
+            self.forwarder.apply(self.writer.snapshot)
+            for service in config.virtual_services:
+                for listener in self._bind(service):
+                    self.forwarder.add_listener(listener)
+            self._restore(restored)
+        except BaseException:
+            self.store.close()
+            raise
+        self.writer.subscribe(self._follow)
+        self._warn_of_limits(descriptors)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The running snapshot."""
+        return self.writer.snapshot
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Forward, check and keep house until cancelled; then leave everything on disk."""
+        try:
+            await self._prepare(self.snapshot)
+            gc.collect()
+            gc.freeze()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.forwarder.run)
+                nursery.start_soon(self.prober.run)
+                nursery.start_soon(self._keep_house)
+                nursery.start_soon(self._drop_stale)
+                nursery.start_soon(self._keep_prepared)
+                task_status.started()
+        finally:
+            self.forwarder.close()
+            self.store.append(Tick(int(self.clock())))
+            self.store.close()
+            self.writer.close()
+
+    def reload(self, config: Config) -> None:
+        """Make the configuration the running one, or raise and change nothing.
+
+        Flows that it does not concern are not touched.
+
+        Raises:
+            ListenError: a new virtual service cannot be bound.
+            PluginError: a plugin cannot be used.
+        """
+        known = {listener.service.name: listener.service for listener in self.forwarder.listeners}
+        new = [
+            s for s in config.virtual_services if s.name not in known or s.endpoint != known[s.name].endpoint
+        ]
+        fresh: list[Listener] = []
+        try:
+            for service in new:
+                fresh += self._bind(service)
+            self.writer.load(config)
+        except BaseException:
+            for listener in fresh:
+                listener.close()
+            raise
+        self._renew_listeners(config, {service.name for service in new})
+        for listener in fresh:
+            self.forwarder.add_listener(listener)
+
+    def set_admin(self, service: str, server: str, state: AdminState) -> None:
+        """Set what the operator wants of a server, in the whole affinity group, and keep it over restarts.
+
+        Raises:
+            UnknownObject: there is no such service or server.
+            OSError: it is in force, but could not be saved.
+        """
+        self.writer.set_admin(service, server, state)
+        save_overrides(self.snapshot.config.node.state_dir, self.writer.overrides)
+
+    def delete_pin(self, group: Group, key: bytes) -> bool:
+        """Delete the pin that has the key; its client is decided anew. False if there is none."""
+        found = group.table.remove(key)
+        self.forwarder.forget(self._deleted)
+        self._deleted.clear()
+        self.store.flush()
+        return found
+
+    # starting
+
+    def _bind(self, service: VirtualService) -> list[Listener]:
+        counters = self._counters.setdefault(service.name, defaultdict(Counters))
+        bound: list[Listener] = []
+        try:
+            bound.extend(Listener(service, at, self._buffer, counters) for at in addresses(service))
+        except ListenError:
+            for listener in bound:
+                listener.close()
+            raise
+        wanted = self._buffer
+        if bound and bound[0].buffer < wanted:
+            log.warning(
+                "receive buffer is smaller than asked for: bursts may be lost",
+                service=service.name,
+                asked=wanted,
+                given=bound[0].buffer,
+                remedy=f"sysctl net.core.rmem_max={wanted}, or give the daemon CAP_NET_ADMIN",
+            )
+        return bound
+
+    @property
+    def _buffer(self) -> int:
+        return self.snapshot.config.node.receive_buffer
+
+    def _restore(self, restored: Restored) -> None:
+        log.info("state restored", found=str(restored.report))
+        for damage in restored.report.damaged:
+            log.error("a state file is damaged; what it held since then is lost", file=str(damage))
+        now = int(self.clock())
+        for name, pins in restored.pins.items():
+            group = self.snapshot.groups.get(name)
+            if group is None:
+                continue
+            members = {name: member for name, member in group.members.items() if member.keeps}
+            timeout = group.table.timeout
+            group.table.restore(
+                (Pin(p.keys, p.server, p.since, max(p.since, restored.tick) + timeout) for p in pins),
+                members,
+                now,
+            )
+        listeners = {(each.service.name, each.local): each for each in self.forwarder.listeners}
+        lost = sum(not self._restore_flow(record, listeners) for record in restored.flows)
+        if lost:
+            log.warning("flows could not be restored; their clients will be decided anew", flows=lost)
+        self.store.flush()
+
+    def _restore_flow(self, record: FlowOpened, listeners: dict[tuple[str, bytes], Listener]) -> bool:
+        view = self.snapshot.services.get(record.service)
+        member = view.group.members.get(record.server) if view else None
+        if view is not None and member is not None and member.keeps:
+            listener = listeners.get((record.service, record.local)) or self._local(
+                view.service, record.local
+            )
+            if listener is not None:
+                listeners[record.service, record.local] = listener
+                if self.forwarder.restore(listener, record, member):
+                    return True
+        self.store.append(FlowClosed(record.service, record.client, record.client_port, record.local))
+        return False
+
+    def _local(self, service: VirtualService, local: bytes) -> Listener | None:
+        """The listener of a wildcard service for a local address that a former process was reached at."""
+        if not local or not service.address.is_unspecified:
+            return None
+        try:
+            listener = Listener(service, ip_address(local), self._buffer, self._counters[service.name])
+        except ListenError:
+            return None
+        self.forwarder.add_listener(listener)
+        return listener
+
+    def _warn_of_limits(self, descriptors: int) -> None:
+        wanted = self.snapshot.config.node.max_flows
+        fit = flows_that_fit(descriptors, len(self.forwarder.listeners))
+        if fit < wanted:
+            log.warning(
+                "too few file descriptors for max_flows; further flows are refused",
+                max_flows=wanted,
+                flows_that_fit=fit,
+                remedy="raise the hard limit of open files (LimitNOFILE= in the systemd unit), or lower max_flows",
+            )
+
+    # changes
+
+    def _feed(self, change: Change) -> None:
+        """Every change of an affinity table, to the journal."""
+        self.store.append(change)
+        if isinstance(change, Removed) and change.cause is Cause.DELETED:
+            self._deleted.update(change.keys)
+
+    def _follow(self, old: Snapshot, new: Snapshot) -> None:
+        """A new snapshot is out."""
+        self.forwarder.apply(new)
+        self.prober.apply(old, new)
+        self._stale.set()
+        self._unprepared.set()
+
+    def _renew_listeners(self, config: Config, moved: set[str]) -> None:
+        services = {service.name: service for service in config.virtual_services}
+        for listener in self.forwarder.listeners:
+            service = services.get(listener.service.name)
+            if service is None or service.name in moved:
+                self.forwarder.remove_listener(listener)
+            else:
+                listener.update(service)
+        for name in [name for name in self._counters if name not in services]:
+            del self._counters[name]
+
+    async def _drop_stale(self) -> None:
+        """Close the flows of servers that lost their clients, a few at a time."""
+        while True:
+            await self._stale.wait()
+            self._stale = trio.Event()
+            flows = self.forwarder.stale()
+            for at in range(0, len(flows), STEP):
+                self.forwarder.drop_stale(flows[at : at + STEP])
+                self.store.flush()
+                await trio.lowlevel.checkpoint()
+
+    async def _keep_prepared(self) -> None:
+        while True:
+            await self._unprepared.wait()
+            self._unprepared = trio.Event()
+            await self._prepare(self.snapshot)
+
+    async def _prepare(self, snapshot: Snapshot) -> None:
+        """Let schedulers that have tables build them, in a thread, for the current candidates."""
+        for group in snapshot.groups.values():
+            for pool in group.pools.values():
+                prepare = getattr(pool.scheduler.plugin, "prepare", None)
+                if prepare is None or not pool.candidates:
+                    continue
+                try:
+                    await trio.to_thread.run_sync(prepare, pool.candidates)
+                except Exception as error:
+                    pool.scheduler.fault(f"prepare: {type(error).__name__}: {error}", self.clock())
+
+    # housekeeping
+
+    async def _keep_house(self) -> None:
+        """Once a second: time, expiry, disk, garbage; never much in one step."""
+        noted = reported = thawed = self.clock()
+        while True:
+            await trio.sleep(1)
+            now = self.clock()
+            self.forwarder.tick()
+            if now - noted >= TICK:
+                noted = now
+                self.store.append(Tick(int(self.clock())))
+            await self._expire(int(now))
+            self.store.flush()
+            await self.store.maintain(self._live, int(self.clock()))
+            if now - reported >= REPORT:
+                reported = now
+                self._report()
+            if now - thawed >= THAW:
+                thawed = now
+                gc.unfreeze()
+                gc.collect()
+            gc.freeze()
+
+    async def _expire(self, now: int) -> None:
+        while self.forwarder.expire(STEP):
+            await trio.lowlevel.checkpoint()
+        for group in self.snapshot.groups.values():
+            while group.table.expire(now, STEP):
+                await trio.lowlevel.checkpoint()
+            while group.table.sweep(STEP):
+                await trio.lowlevel.checkpoint()
+
+    def _live(self) -> Iterator[Sequence[Record]]:
+        """The state for a checkpoint, in chunks, each as it is when it is asked for."""
+        for group in self.snapshot.groups.values():
+            start: int | None = 0
+            while start is not None:
+                page = group.table.pins(start, STEP)
+                yield [Put(group.name, p.keys, p.server, p.since) for p in page.pins]
+                start = page.next
+        flows = list(self.forwarder.flows.by_fd.values())
+        for at in range(0, len(flows), STEP):
+            by_fd = self.forwarder.flows.by_fd
+            yield [self.forwarder.record(f) for f in flows[at : at + STEP] if by_fd.get(f.fd) is f]
+
+    def _report(self) -> None:
+        """What went wrong since the last report, if anything did."""
+        wrong = Counter({f"dropped: {cause}": n for cause, n in self.forwarder.drops.items()})
+        wrong.update({f"ICMP from servers: {name}": n for name, n in self.forwarder.errors.items()})
+        for group in self.snapshot.groups.values():
+            for hosted in plugins_of(group):
+                wrong[f"faults of {hosted.kind} {hosted.name} in {group.name} ({hosted.faults.last})"] += (
+                    hosted.faults.total
+                )
+        news = {what: n - self._reported[what] for what, n in wrong.items() if n > self._reported[what]}
+        self._reported = wrong
+        if news:
+            log.warning("in the last minute", **news)
+        if self.store.failed:
+            log.error(
+                "pins and flows are not on disk: a restart now would lose them", reason=self.store.failed
+            )
