@@ -2,12 +2,12 @@
 
 Pure: bytes in, bytes out; the files are in :mod:`sapin.core.dataplane.store`.
 
-A record is the *absolute* state of one thing (a pin has these keys and this server), never a
-difference. So a record may be applied twice, and records that follow a checkpoint may be applied
-to one that already shows some of them: every key and every flow ends as its last record says. That
-is what makes a fuzzy checkpoint sound, one that is written piece by piece while the state changes (the
-idea of ARIES, Mohan et al., TODS 17(1), 1992, section 5.4, without its undo). The records of pins are the
-change feed of :mod:`sapin.core.affinity` as it comes, and mean what its feed means to a mapping of keys:
+A record is the *absolute* state of one thing (these keys have this pin), never a difference. So a
+record may be applied twice, and the records that follow a checkpoint may be applied to one that already
+shows some of them: every key and every flow ends as its last record says. That is what makes a fuzzy
+checkpoint sound, one that is written piece by piece while the state changes (Hagmann, A Crash Recovery
+Scheme for a Memory-Resident Database System, IEEE Trans. Comput. C-35(9), 1986). The records of pins
+are the change feed of :mod:`sapin.core.affinity` as it comes, and mean what it means to a mapping of keys:
 
 * :class:`~sapin.core.affinity.Put`: these keys have this pin; a pin that had some of them has lost them;
 * :class:`~sapin.core.affinity.Removed`: these keys have none;
@@ -24,7 +24,6 @@ The kinds stand apart so that a record is packed as the tuple that it is, withou
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -250,22 +249,27 @@ def _unpack(payload: memoryview) -> tuple[bytes, tuple[tuple[Any, ...], ...]]:
 class _Tenure:
     """The time between two clearings of a server: to end it ends all its pins in one step."""
 
-    __slots__ = ("cleared",)
+    __slots__ = ("ended", "server")
 
-    def __init__(self) -> None:
-        self.cleared = False
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self.ended = False
 
 
 class _Group:
     """The pins of one affinity group."""
 
-    def __init__(self) -> None:
-        self._pins: dict[bytes, tuple[Put, _Tenure]] = {}
-        self._tenures: defaultdict[str, _Tenure] = defaultdict(_Tenure)
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pins: dict[bytes, tuple[tuple[bytes, ...], _Tenure, int]] = {}
+        self._tenures: dict[str, _Tenure] = {}
 
-    def put(self, record: Put) -> None:
-        pin = record, self._tenures[record.server]
-        for key in record.keys:
+    def put(self, keys: tuple[bytes, ...], server: str, since: int) -> None:
+        tenure = self._tenures.get(server)
+        if tenure is None:
+            tenure = self._tenures[server] = _Tenure(server)
+        pin = keys, tenure, since
+        for key in keys:
             self._pins[key] = pin
 
     def remove(self, keys: Iterable[bytes]) -> None:
@@ -273,26 +277,24 @@ class _Group:
             self._pins.pop(key, None)
 
     def clear(self, server: str) -> None:
-        self._tenures.pop(server, _Tenure()).cleared = True
+        tenure = self._tenures.pop(server, None)
+        if tenure is not None:
+            tenure.ended = True
 
     def pins(self) -> Iterator[Put]:
         for key, pin in self._pins.items():
-            record, tenure = pin
-            if tenure.cleared:
-                continue
-            if len(record.keys) == 1:
-                yield record
-                continue
-            keys = tuple(each for each in record.keys if self._pins.get(each) is pin)
-            if key == keys[0]:
-                yield record._replace(keys=keys)
+            keys, tenure, since = pin
+            if len(keys) > 1:
+                keys = tuple(each for each in keys if self._pins.get(each) is pin)
+            if key == keys[0] and not tenure.ended:
+                yield Put(self._name, keys, tenure.server, since)
 
 
 class State:
     """What records add up to."""
 
     def __init__(self) -> None:
-        self._groups: defaultdict[str, _Group] = defaultdict(_Group)
+        self._groups: dict[str, _Group] = {}
         self._flows: dict[tuple[str, bytes, int, bytes], FlowOpened] = {}
         self._apply: Mapping[type[Record], Callable[[Any], None]] = {
             Put: self._put,
@@ -320,14 +322,20 @@ class State:
         """The open flows."""
         return list(self._flows.values())
 
+    def _group(self, name: str) -> _Group:
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _Group(name)
+        return group
+
     def _put(self, record: Put) -> None:
-        self._groups[record.group].put(record)
+        self._group(record.group).put(record.keys, record.server, record.since)
 
     def _remove(self, record: Removed) -> None:
-        self._groups[record.group].remove(record.keys)
+        self._group(record.group).remove(record.keys)
 
     def _clear(self, record: Cleared) -> None:
-        self._groups[record.group].clear(record.server)
+        self._group(record.group).clear(record.server)
 
     def _open(self, record: FlowOpened) -> None:
         self._flows[record[:4]] = record
