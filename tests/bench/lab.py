@@ -50,17 +50,17 @@ class Sender:
     def __init__(self, sock: socket.socket, macs: bytes = b"") -> None:
         self.descriptor = sock.fileno()
         self._sock = sock
-        MACS = macs
+        self._macs = macs
 
     @property
     def payload_offset(self) -> int:
         """Where the UDP payload starts in a prepared message."""
-        return FRAME_HEADERS if MACS else 0
+        return FRAME_HEADERS if self._macs else 0
 
     def prepare(self, datagrams: Sequence[tuple[Endpoint, Endpoint, bytes]]) -> Outgoing:
         """Lay out datagrams, each a source, a destination and a payload; the payloads are of one size."""
-        if MACS:
-            return Outgoing([frame(MACS, *each) for each in datagrams], FRAME_LEAD)
+        if self._macs:
+            return Outgoing([frame(self._macs, *each) for each in datagrams], FRAME_LEAD)
         return Outgoing([datagram(*each) for each in datagrams])
 
     def send(self, batch: Outgoing, start: int, count: int) -> int:
