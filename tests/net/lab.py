@@ -1,0 +1,253 @@
+"""A network of its own for real IKE: clients, NAT routers, the place of the balancer, and gateways.
+
+    c01 … c10 ──────────────┐                             ┌── gw1 10.60.0.11 ─ 10.99.0.1
+    c11 … c16 ── NAT router ┼── 198.18.0.1 lb 10.60.0.1 ──┼── gw2 10.60.0.12 ─ 10.99.0.1
+    c17 … c22 ── NAT router ┘                             └── gw3 10.60.0.13 ─ 10.99.0.1
+
+Clients and gateways run strongSwan. Each gateway has the same address inside, which answers a ping from
+the tunnel, and gives its clients inner addresses of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from . import namespaces
+from .certificates import Authority
+from .namespaces import LabError, Namespace, Wire
+from .strongswan import Charon, IkeSa, Settings
+
+T = TypeVar("T")
+
+VIP = "198.18.0.1"
+VIP6 = "2001:db8:18::1"
+INSIDE = "10.99.0.1"
+PATIENCE = 15.0
+"""Seconds that every exchange has come to its end in, good or bad."""
+
+GATEWAY_ID = "gateways.lab.test"
+IKE_PROPOSAL = "aes128-sha256-x25519"
+ESP_PROPOSAL = "aes128gcm16-x25519"
+SECRETS = {"ike": {"secret": "a-secret-of-the-lab"}}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A way for a client to connect."""
+
+    name: str
+    vip: str = VIP
+    auth: str = "psk"
+    fragmentation: str = "yes"
+
+    def identity(self, client: str) -> str:
+        """The client's name for itself; a gateway sees from it how it will prove that."""
+        return f"{client}@{self.auth}.lab.test"
+
+    def settings(self, client: str) -> Settings:
+        """The client's section of swanctl.conf."""
+        child = {"remote_ts": f"{INSIDE}/32", "dpd_action": "restart", "esp_proposals": ESP_PROPOSAL}
+        return {
+            "remote_addrs": self.vip,
+            "vips": "0.0.0.0",
+            "fragmentation": self.fragmentation,
+            "dpd_delay": "1s",
+            "proposals": IKE_PROPOSAL,
+            "local": {"auth": self.auth, "id": self.identity(client)},
+            "remote": {"auth": self.auth, "id": GATEWAY_ID},
+            "children": {self.name: child},
+        }
+
+
+PSK = Connection("psk")
+PSK6 = Connection("psk6", vip=VIP6)
+CERTIFICATE = Connection("certificate", auth="pubkey")
+"""IKE_AUTH in fragments of RFC 7383."""
+CERTIFICATE_WHOLE = Connection("certificate-whole", auth="pubkey", fragmentation="no")
+"""IKE_AUTH in one datagram, which IP has to fragment."""
+CONNECTIONS = (PSK, PSK6, CERTIFICATE, CERTIFICATE_WHOLE)
+
+
+class Installer:
+    """Sets IKE daemons up, each with a folder, a certificate and a configuration."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._authority = Authority(folder)
+
+    def charon(self, name: str, namespace: Namespace, identity: str, settings: Settings) -> Charon:
+        """A new daemon, not started yet."""
+        folder = self._folder / name
+        folder.mkdir()
+        self._authority.issue(folder, identity)
+        return Charon(namespace, folder, settings)
+
+
+class Gateway:
+    """A VPN gateway: its IKE daemon, and an address that only its tunnels lead to."""
+
+    def __init__(self, number: int, wire: Wire, install: Installer) -> None:
+        self.name = f"gw{number}"
+        self.address = f"10.60.0.{10 + number}"
+        self.address6 = f"2001:db8:60::{10 + number}"
+        namespace = Namespace(self.name)
+        wire.attach(namespace, "eth0", f"{self.address}/24", f"{self.address6}/64")
+        namespace.ip(
+            f"address add {INSIDE}/32 dev lo",
+            "route add default via 10.60.0.1",
+            "route add default via 2001:db8:60::1",
+        )
+        self.charon = install.charon(self.name, namespace, GATEWAY_ID, _gateway_settings(number))
+
+    async def restart(self) -> None:
+        """Start the daemon where it was killed."""
+        if not self.charon.running:
+            self.charon.start()
+            await self.charon.load()
+
+
+class Client:
+    """A VPN client in a namespace of its own."""
+
+    def __init__(self, number: int, wire: Wire, addresses: Sequence[str], install: Installer) -> None:
+        self.name = f"c{number:02}"
+        self.namespace = Namespace(self.name)
+        wire.attach(self.namespace, "eth0", *addresses)
+        identity = CERTIFICATE.identity(self.name)
+        settings = {
+            "connections": {each.name: each.settings(self.name) for each in CONNECTIONS},
+            "secrets": SECRETS,
+        }
+        self.charon = install.charon(self.name, self.namespace, identity, settings)
+
+    async def connect(self, how: Connection = PSK) -> bool:
+        """Bring the tunnel up; whether it is."""
+        initiate = ["--initiate", "--child", how.name, "--timeout", str(int(PATIENCE))]
+        printed = await self.charon.control(*initiate, check=False, timeout=PATIENCE + 5)
+        return "initiate completed successfully" in printed
+
+    async def disconnect(self) -> None:
+        """Tell the gateway that it is over, and wait for its answer."""
+        for sa in await self.charon.sas():
+            await self.charon.control("--terminate", "--ike-id", str(sa.id), check=False)
+
+    async def sa(self) -> IkeSa:
+        """The tunnel that is up.
+
+        Raises:
+            LabError: there is none, or several.
+        """
+        found = [sa for sa in await self.charon.sas() if sa.established and sa.children]
+        if len(found) != 1:
+            raise LabError(f"{self.name} has {len(found)} tunnels")
+        return found[0]
+
+    async def ping(self, count: int = 3) -> bool:
+        """Whether traffic flows inside the tunnel, both ways: one answer is enough."""
+        return (
+            await self.namespace.run("ping", "-q", "-c", str(count), "-i", "0.1", "-W", "1", INSIDE)
+        ).returncode == 0
+
+
+class NatRouter:
+    """A router that many clients share an address of; every flow gets a source port by chance."""
+
+    def __init__(self, number: int, wire: Wire) -> None:
+        self.address = f"198.18.0.{200 + number}"
+        self._net = f"192.168.{number}"
+        self._namespace = Namespace(f"nat{number}")
+        wire.attach(self._namespace, "outside", f"{self.address}/24")
+        self.inside = Wire(self._namespace, "inside")
+        self._namespace.ip(f"address add {self._net}.1/24 dev inside")
+        self._namespace.sysctl("net.ipv4.ip_forward", 1)
+        self._namespace.nft(
+            "table ip nat { chain out { type nat hook postrouting priority srcnat;"
+            " oifname outside masquerade fully-random; }; }"
+        )
+
+    def client(self, number: int, install: Installer) -> Client:
+        """A new client behind this router."""
+        client = Client(number, self.inside, [f"{self._net}.{100 + number}/24"], install)
+        client.namespace.ip(f"route add default via {self._net}.1")
+        return client
+
+
+class Lab:
+    """The whole network. The balancer's namespace is ``balancer``, and nothing runs in it yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        install = Installer(folder)
+        wires = Namespace("wires")
+        front, back = Wire(wires, "front"), Wire(wires, "back")
+        self.balancer = Namespace("lb")
+        front.attach(self.balancer, "front", f"{VIP}/24", f"{VIP6}/64")
+        back.attach(self.balancer, "back", "10.60.0.1/24", "2001:db8:60::1/64")
+        self.gateways = [Gateway(n, back, install) for n in (1, 2, 3)]
+        self.direct = [
+            Client(n, front, [f"198.18.0.{100 + n}/24", f"2001:db8:18::{100 + n}/64"], install)
+            for n in range(1, 11)
+        ]
+        routers = [NatRouter(n, front) for n in (1, 2)]
+        self.behind_nat = [
+            [router.client(n, install) for n in range(first, first + 6)]
+            for router, first in zip(routers, (11, 17), strict=True)
+        ]
+        self.clients = [*self.direct, *(client for clients in self.behind_nat for client in clients)]
+
+    @property
+    def charons(self) -> Iterator[Charon]:
+        """Every IKE daemon."""
+        yield from (each.charon for each in (*self.gateways, *self.clients))
+
+    def start(self) -> None:
+        """Start all IKE daemons."""
+        for charon in self.charons:
+            charon.start()
+        trio.run(together, [charon.load for charon in self.charons])
+
+    async def reset(self) -> None:
+        """End all tunnels, and start the gateways that were killed."""
+        await together([gateway.restart for gateway in self.gateways])
+        await together([charon.terminate for charon in self.charons])
+
+    def close(self) -> None:
+        """End all processes and take all namespaces away."""
+        for charon in self.charons:
+            charon.kill()
+        namespaces.clear()
+
+
+def _gateway_settings(number: int) -> Settings:
+    def connection(auth: str) -> Settings:
+        return {
+            "pools": "inside",
+            "proposals": IKE_PROPOSAL,
+            "local": {"auth": auth, "id": GATEWAY_ID},
+            "remote": {"auth": auth, "id": f"*@{auth}.lab.test"},
+            "children": {auth: {"local_ts": f"{INSIDE}/32", "esp_proposals": ESP_PROPOSAL}},
+        }
+
+    return {
+        "connections": {auth: connection(auth) for auth in ("psk", "pubkey")},
+        "pools": {"inside": {"addrs": f"10.99.{number}.0/24"}},
+        "secrets": SECRETS,
+    }
+
+
+async def together(actions: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Do things at the same time; what they returned, in their order."""
+    results: dict[int, T] = {}
+
+    async def do(number: int, action: Callable[[], Awaitable[T]]) -> None:
+        results[number] = await action()
+
+    async with trio.open_nursery() as nursery:
+        for number, action in enumerate(actions):
+            nursery.start_soon(do, number, action)
+    return [results[number] for number in sorted(results)]
