@@ -337,38 +337,62 @@ class AffinityTable(Generic[M]):
 
     def _place(self, keys: Sequence[Key], member: M, since: int, due: int, feed: Feed | None) -> None:
         wanted = _checked(keys)
-        slot = self._pinned(wanted) or self._allocate()
-        held = self._keys.of(slot)
-        kept = _merge(held, wanted)
-        robbed = self._assign(slot, kept, held)
-        moved = self._give(slot, member, since)
+        slot = self._pinned(wanted)
+        if slot:
+            self._change(slot, wanted, member, since, feed)
+        else:
+            slot = self._insert(wanted, member, since, feed)
         self._due[slot] = due
         self._wheel.file(slot, due)
-        if feed is not None and (moved or kept != held):
-            displaced = tuple(key for key in held if key not in kept)
-            if displaced:
-                feed(Removed(self.group, displaced, member.name, Cause.DISPLACED))
-            for each in (slot, *robbed):
-                self._tell(each, feed)
 
     def _pinned(self, keys: tuple[Key, ...]) -> int:
         """The pin of the first key that is pinned, or 0."""
         for key in keys:
-            slot = self._keys.slot(key)
+            slot = self._shards[hash(key) >> 50 & 255].get(key, 0)
             if self._members[self._owner[slot]] is not None:
                 return slot
         return 0
 
-    def _assign(self, slot: int, keys: tuple[Key, ...], held: tuple[Key, ...]) -> list[int]:
-        """Gives a slot these keys in place of those held; which other pins have fewer keys now."""
-        if keys == held:
-            return []
-        robbed = self._detach(key for key in keys if key not in held)
-        self._keys.assign(slot, keys)
-        return robbed
+    def _insert(self, keys: tuple[Key, ...], member: M, since: int, feed: Feed | None) -> int:
+        if self._owners.retired:
+            self._detach(keys)
+        slot = self._allocate()
+        self._keys.add(slot, keys)
+        self._owners.give(slot, member)
+        self._since[slot] = since
+        self._inserted += 1
+        if feed is not None:
+            feed(Put(self.group, keys, member.name, since))
+        return slot
 
-    def _detach(self, keys: Iterable[Key]) -> list[int]:
-        """Takes keys from the pins that have them; which of these have keys left."""
+    def _change(self, slot: int, keys: tuple[Key, ...], member: M, since: int, feed: Feed | None) -> None:
+        held = self._keys.of(slot)
+        kept = _merge(held, keys)
+        moved = self._move(slot, member, since)
+        if kept == held and not moved:
+            return
+        displaced = tuple(key for key in held if key not in kept)
+        robbed = self._detach(key for key in kept if key not in held)
+        self._keys.remove(slot)
+        self._keys.add(slot, kept)
+        if feed is not None:
+            if displaced:
+                feed(Removed(self.group, displaced, member.name, Cause.DISPLACED))
+            for pin in filter(None, map(self._pin, (slot, *robbed))):
+                feed(Put(self.group, pin.keys, pin.server, pin.since))
+
+    def _move(self, slot: int, member: M, since: int) -> bool:
+        """Makes the member the owner of a pin; ``False`` if it was already."""
+        if self._owners.adopt(member) == self._owner[slot]:
+            return False
+        self._owners.take(slot)
+        self._owners.give(slot, member)
+        self._since[slot] = since
+        self._moved += 1
+        return True
+
+    def _detach(self, keys: Iterable[Key]) -> Iterable[int]:
+        """Takes keys from the pins that have them; which of these have others left."""
         robbed: dict[int, None] = {}
         for key in keys:
             slot = self._keys.slot(key)
@@ -376,34 +400,16 @@ class AffinityTable(Generic[M]):
                 continue
             rest = tuple(other for other in self._keys.of(slot) if other != key)
             if rest:
-                self._keys.assign(slot, rest)
+                self._keys.remove(slot)
+                self._keys.add(slot, rest)
                 robbed[slot] = None
             else:
                 self._release(slot)
                 robbed.pop(slot, None)
-        return [slot for slot in robbed if self._members[self._owner[slot]] is not None]
-
-    def _give(self, slot: int, member: M, since: int) -> bool:
-        """Makes the member the owner of a slot; ``False`` if it was already."""
-        owner = self._members[self._owner[slot]]
-        if owner is not None:
-            if owner.name == member.name:
-                self._owners.adopt(member)
-                return False
-            self._owners.take(slot)
-            self._moved += 1
-        self._owners.give(slot, member)
-        self._since[slot] = since
-        return True
-
-    def _tell(self, slot: int, feed: Feed) -> None:
-        pin = self._pin(slot)
-        if pin is not None:
-            feed(Put(self.group, pin.keys, pin.server, pin.since))
+        return robbed
 
     def _allocate(self) -> int:
         """A slot for a new pin."""
-        self._inserted += 1
         slot = self._owners.reuse()
         if slot:
             return slot
@@ -430,15 +436,16 @@ class AffinityTable(Generic[M]):
         return least
 
     def _end(self, slot: int, cause: Cause) -> None:
-        keys, member = self._keys.of(slot), self._members[self._owner[slot]]
-        self._release(slot)
+        member = self._members[self._owner[slot]]
+        keys = self._release(slot)
         self._ended[cause] += 1
         if self._feed is not None and member is not None:
             self._feed(Removed(self.group, keys, member.name, cause))
 
-    def _release(self, slot: int) -> None:
-        self._keys.assign(slot, ())
+    def _release(self, slot: int) -> tuple[Key, ...]:
+        """Gives a slot back; the keys that it had."""
         self._owners.free(slot)
+        return self._keys.remove(slot)
 
     def _pin(self, slot: int) -> Pin | None:
         member = self._members[self._owner[slot]]
@@ -454,7 +461,7 @@ def _checked(keys: Sequence[Key]) -> tuple[Key, ...]:
     for key in keys:
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise ValueError(f"a key has 1 to {MAX_KEY_LENGTH} bytes, not {len(key)}")
-    return tuple(dict.fromkeys(keys))[:MAX_KEYS]
+    return tuple(keys) if len(keys) == 1 else tuple(dict.fromkeys(keys))[:MAX_KEYS]
 
 
 def _merge(held: tuple[Key, ...], keys: tuple[Key, ...]) -> tuple[Key, ...]:

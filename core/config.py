@@ -39,6 +39,18 @@ MAX_SIZE = 2**20
 MAX_DEPTH = 32
 """Tables and lists inside one another, at most."""
 
+_QUOTED = re.compile(
+    r'''
+    "{3} (?: \\. | [^"\\] | "(?!"") )*+ (?:"{3,5})?
+    | \'{3} (?: [^'] | '(?!\'\') )*+ (?:'{3,5})?
+    | " (?: \\. | [^"\\\n] )*+ "?
+    | ' [^'\n]*+ '?
+    | \# [^\n]*+
+    ''',
+    re.DOTALL | re.VERBOSE,
+)
+_LONG_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){%d}" % MAX_DEPTH, re.ASCII)
+_TOO_DEEP = f"is nested too deeply: at most {MAX_DEPTH} levels are read"
 _STATE_DIR = "/var/lib/sapin"
 _ASSIGNED = {500: Framing.IKE, 4500: Framing.NATT}
 
@@ -68,6 +80,8 @@ def _read(text: str | bytes) -> dict[str, Any]:
         decoded = encoded.decode("utf-8-sig")
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise _unreadable(f"is not UTF-8 at offset {error.start}: {error.reason}") from None
+    if _LONG_KEY.search(_QUOTED.sub("q", decoded)):  # tomllib takes memory by the square of a key's parts
+        raise _unreadable(_TOO_DEEP)
     try:
         tree = tomllib.loads(decoded)
     except tomllib.TOMLDecodeError as error:
@@ -75,9 +89,9 @@ def _read(text: str | bytes) -> dict[str, Any]:
     except ValueError as error:
         raise _unreadable(f"has a value that cannot be read: {error}") from None
     except RecursionError:
-        raise _unreadable("is nested too deeply") from None
+        raise _unreadable(_TOO_DEEP) from None
     if any(len(loc) > MAX_DEPTH for loc, _ in walk(tree)):
-        raise _unreadable(f"is nested too deeply: at most {MAX_DEPTH} levels are read")
+        raise _unreadable(_TOO_DEEP)
     return tree
 
 

@@ -364,7 +364,8 @@ class Replayed:
     @property
     def whole_checkpoint(self) -> bool:
         """Whether it ends as a checkpoint that was written to its end."""
-        return self.damage is None and self.last == End(self.records + self.refused - 1)
+        before = self.records + self.refused - 1
+        return self.damage is None and isinstance(self.last, End) and self.last.records == before
 
 
 def replay(data: bytes, name: str, state: State) -> Replayed:

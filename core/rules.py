@@ -200,6 +200,7 @@ def _check_followed_endpoints(
         endpoint = Endpoint(server.address, port)
         if (first := seen.setdefault(server.address, server.name)) != server.name:
             report.add(loc, f"leads {first} and {server.name} of {leader} both to {endpoint}")
+            return
         if other := listening.get(endpoint):
             report.add(
                 loc, f"leads {server.name} to {endpoint}, which is {other}: datagrams would go in circles"

@@ -58,21 +58,27 @@ class Keys:
         packed = self._packed[slot & 255][slot]
         return (packed,) if count == 1 else tuple(_unpack(packed))
 
-    def assign(self, slot: int, keys: tuple[Key, ...]) -> None:
-        """Gives a slot exactly these keys, none of which may belong to another one."""
-        for key in self.of(slot):
-            if key not in keys:
-                del self.shards[hash(key) >> 50 & 255][key]
+    def add(self, slot: int, keys: tuple[Key, ...]) -> None:
+        """Gives these keys, which belong to no slot, to one that has none."""
         for key in keys:
             self.shards[hash(key) >> 50 & 255][key] = slot
         self._counts[slot] = len(keys)
         self._packed[slot & 255][slot] = keys[0] if len(keys) == 1 else _pack(keys)
 
+    def remove(self, slot: int) -> tuple[Key, ...]:
+        """Takes all its keys from a slot."""
+        keys = self.of(slot)
+        for key in keys:
+            del self.shards[hash(key) >> 50 & 255][key]
+        self._counts[slot] = 0
+        self._packed[slot & 255][slot] = b""
+        return keys
+
 
 class Owners(Generic[M]):
     """Which slots each member owns: a ring of slots for each, so that all of them can be let go at once."""
 
-    __slots__ = ("_retired", "_rings", "_sizes", "_spare", "live", "members", "names", "of")
+    __slots__ = ("_rings", "_sizes", "_spare", "live", "members", "names", "of", "retired")
 
     FREE = 1
     """The ring of the slots that were given back; ring 0 stands for those never used."""
@@ -85,7 +91,8 @@ class Owners(Generic[M]):
         self.names: dict[str, int] = {}
         self._sizes = [0, 0]
         self._spare: list[int] = []
-        self._retired: dict[int, None] = {}
+        self.retired: dict[int, None] = {}
+        """Rings whose slots are to be given back."""
         self.live = 0
 
     def adopt(self, member: M) -> int:
@@ -140,18 +147,18 @@ class Owners(Generic[M]):
         member.pinned -= size
         self.live -= size
         self.members[ring] = None
-        self._retired[ring] = None
+        self.retired[ring] = None
         return size
 
     def orphan(self) -> int:
         """A slot whose member was retired, or 0."""
-        for ring in self._retired:
+        for ring in self.retired:
             return self._rings.first(ring) or 0
         return 0
 
     def orphans(self) -> int:
         """How many slots have a retired member."""
-        return sum(self._sizes[ring] for ring in self._retired)
+        return sum(self._sizes[ring] for ring in self.retired)
 
     def counts(self) -> dict[str, int]:
         """How many slots each member has."""
@@ -171,7 +178,7 @@ class Owners(Generic[M]):
     def _close(self, ring: int) -> None:
         member = self.members[ring]
         if member is None:
-            del self._retired[ring]
+            del self.retired[ring]
         else:
             del self.names[member.name]
             self.members[ring] = None

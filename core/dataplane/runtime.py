@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from random import Random
 
@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from sapin.core.affinity import Cause, Change, Pin, Put, Removed
+from sapin.core.contracts import Key
 from sapin.core.dataplane.flows import Counters
 from sapin.core.dataplane.limits import flows_that_fit
 from sapin.core.dataplane.listeners import Listener, ListenError, addresses
@@ -166,13 +167,17 @@ class Dataplane:
         self.writer.set_admin(service, server, state)
         save_overrides(self.snapshot.config.node.state_dir, self.writer.overrides)
 
-    def delete_pin(self, group: Group, key: bytes) -> bool:
-        """Delete the pin that has the key; its client is decided anew. False if there is none."""
-        found = group.table.remove(key)
+    def delete_pins(self, pins: Iterable[tuple[Group, Key]]) -> int:
+        """Delete the pins that have these keys, and their flows; how many there were."""
+        deleted = sum(group.table.remove(key) for group, key in pins)
         self.forwarder.forget(self._deleted)
         self._deleted.clear()
         self.store.flush()
-        return found
+        return deleted
+
+    def counters(self, service: str) -> Mapping[str, Counters]:
+        """What has passed for a service, by server."""
+        return self._counters[service]
 
     # starting
 

@@ -1,0 +1,115 @@
+"""The daemon: the composition root, the one file that knows everybody."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import trio
+
+from sapin.api import control
+from sapin.api.operations import Operations, Refused
+from sapin.core.config import parse
+from sapin.core.dataplane.limits import raise_descriptor_limit
+from sapin.core.dataplane.listeners import ListenError
+from sapin.core.dataplane.recovery import StoreError
+from sapin.core.dataplane.runtime import Dataplane
+from sapin.core.model import Config
+from sapin.core.registry import PluginError, Registry
+
+RETRY = (1.0, 60.0)
+"""Seconds until a failed control socket is opened again: at first, and at most."""
+
+log = structlog.get_logger("sapin.daemon")
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says why and what to do."""
+
+
+def load(path: Path, registry: Registry) -> Config:
+    """The configuration in a file.
+
+    Raises:
+        StartError: it cannot be read.
+        ConfigError: it has faults.
+    """
+    try:
+        return parse(path.read_bytes(), registry)
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def run(path: Path) -> None:
+    """Run the daemon until SIGTERM or SIGINT.
+
+    Raises:
+        StartError: it cannot start.
+        ConfigError: the configuration has faults.
+    """
+    registry = Registry()
+    config = load(path, registry)
+    descriptors = raise_descriptor_limit()
+    try:
+        dataplane = Dataplane(config, registry, descriptors)
+    except (StoreError, ListenError, PluginError, ValueError) as error:
+        raise StartError(str(error)) from None
+    trio.run(_main, dataplane, Operations(dataplane, registry, path))
+
+
+async def _main(dataplane: Dataplane, operations: Operations) -> None:
+    node = dataplane.snapshot.config.node
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(dataplane.run)
+            nursery.start_soon(_keep_control, node.state_dir, operations)
+            log.info("forwarding", node=node.name, services=len(dataplane.snapshot.services))
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    log.info("stopping", signal=signal.Signals(number).name)
+                    nursery.cancel_scope.cancel()
+                    break
+                _reload(operations)
+
+
+def _reload(operations: Operations) -> None:
+    try:
+        changes = operations.reload()["changes"]
+    except Refused as error:
+        log.error("configuration not reloaded", reason=str(error))
+    else:
+        log.info("configuration reloaded", changes=changes)
+
+
+async def _keep_control(state_dir: Path, operations: Operations) -> None:
+    """Whatever happens to the control socket, forwarding goes on."""
+    pause, longest = RETRY
+    while True:
+        try:
+            await control.serve(state_dir, operations.table())
+        except Exception as error:
+            log.error("control socket failed; it will be opened again", reason=repr(error), seconds=pause)
+        await trio.sleep(pause)
+        pause = min(2 * pause, longest)
+
+
+def set_up_logging(*, json: bool, level: str) -> None:
+    """Log to standard error: for people, or one JSON object a line."""
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=False),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

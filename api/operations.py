@@ -1,0 +1,440 @@
+"""What an operator can ask of a running node, as plain data: the one list of operations behind every way in.
+
+Each operation takes and gives JSON-able values. The control socket offers them to the command line by name;
+whatever else will let people in calls the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from sapin.api.keys import client_of, parse_key, show_key
+from sapin.core import balancer, ike
+from sapin.core.affinity import AffinityTable, Pin
+from sapin.core.changes import diff
+from sapin.core.config import ConfigError, parse
+from sapin.core.contracts import KINDS, Client, Datagram
+from sapin.core.dataplane.batch import peer_address
+from sapin.core.dataplane.flows import Counters, Flow
+from sapin.core.dataplane.listeners import ListenError
+from sapin.core.dataplane.runtime import Dataplane
+from sapin.core.model import AdminState, VirtualService
+from sapin.core.registry import Hosted, PluginError, Registry
+from sapin.core.snapshot import Group, Member, Pool, ServiceView
+from sapin.core.writer import UnknownObject, plugins_of
+
+PAGE = 500
+"""Pins or flows in one answer, at most."""
+
+Row = dict[str, Any]
+
+
+class Refused(Exception):
+    """The operation was understood and cannot be done; the text is one sentence for the operator."""
+
+
+class Operations:
+    """The operations of one node.
+
+    Args:
+        config_path: the file that ``reload`` reads.
+    """
+
+    def __init__(self, dataplane: Dataplane, registry: Registry, config_path: Path) -> None:
+        self._dataplane = dataplane
+        self._registry = registry
+        self._path = config_path
+
+    def table(self) -> Mapping[str, Callable[..., Any]]:
+        """The operations by the names that the control socket knows them by."""
+        return {
+            "status": self.status,
+            "explain": self.explain,
+            "pins": self.pins,
+            "delete-pins": self.delete_pins,
+            "set-state": self.set_state,
+            "reload": self.reload,
+            "plugins": self.plugins,
+        }
+
+    # seeing
+
+    def status(self) -> Row:
+        """Node, services, servers, health, counters: everything but pins and flows themselves."""
+        plane = self._dataplane
+        snapshot = plane.snapshot
+        return {
+            "node": snapshot.config.node.name,
+            "version": version("sapin"),
+            "snapshot": snapshot.version,
+            "time": plane.clock(),
+            "started": plane.started,
+            "flows": len(plane.forwarder.flows),
+            "max_flows": plane.forwarder.max_flows,
+            "drops": dict(plane.forwarder.drops),
+            "icmp_errors": dict(plane.forwarder.errors),
+            "store": {**asdict(plane.store.statistics), "failed": plane.store.failed},
+            "groups": [self._group(group) for group in snapshot.groups.values()],
+        }
+
+    def _group(self, group: Group) -> Row:
+        return {
+            "name": group.name,
+            "scheduler": group.leader.scheduler.plugin,
+            "persistence": group.persistence.name,
+            "pins": asdict(group.table.stats()),
+            "services": [self._service(service, group) for service in group.services],
+            "servers": [self._server(member, group) for member in group.members.values()],
+        }
+
+    def _service(self, service: VirtualService, group: Group) -> Row:
+        counters = self._dataplane.counters(service.name)
+        decisions = self._dataplane.forwarder.decisions
+        return {
+            "name": service.name,
+            "address": str(service.address),
+            "port": service.port,
+            "protocol": service.protocol,
+            "framing": str(service.framing),
+            "follows": service.follows,
+            **_sum(counters.values()),
+            "decisions": {
+                str(r): decisions[service.name, r] for r in balancer.Reason if decisions[service.name, r]
+            },
+        }
+
+    def _server(self, member: Member, group: Group) -> Row:
+        names = [service.name for service in group.services]
+        return {
+            "name": member.name,
+            "endpoints": {name: str(group.endpoints[name][member.name]) for name in names},
+            "weight": member.weight,
+            "state": str(member.admin),
+            "asked": str(member.asked),
+            "share": member.share,
+            "health": str(member.health),
+            "takes_new_clients": member.takes,
+            "pinned": member.pinned,
+            "response_time": member.response_time,
+            **_sum(self._dataplane.counters(name)[member.name] for name in names),
+            "checks": [row for name in names for row in self._checks(name, member)],
+        }
+
+    def _checks(self, service: str, member: Member) -> Iterator[Row]:
+        for finding in self._dataplane.prober.findings:
+            probe = finding.probe
+            if probe.service == service and probe.target.server == member.name:
+                last = finding.last
+                yield {
+                    "service": service,
+                    "check": probe.spec.ref.plugin,
+                    "health": str(finding.state.health),
+                    "reason": last.reason if last else "not checked yet",
+                    "round_trip": last.round_trip if last else None,
+                    "faults": finding.hosted.faults.total,
+                }
+
+    def plugins(self) -> list[Row]:
+        """Every installed plugin: kind, name, origin, and where it is in use with how many faults."""
+        rows = []
+        for kind in KINDS:
+            for name in self._registry.names(kind):
+                used = [hosted for hosted in self._in_use() if (hosted.kind, hosted.name) == (kind, name)]
+                rows.append(
+                    {
+                        "kind": kind,
+                        "name": name,
+                        "origin": self._registry.origin(kind, name),
+                        "instances": len(used),
+                        "faults": sum(hosted.faults.total for hosted in used),
+                        "last_fault": next((h.faults.last for h in used if h.faults.last), None),
+                        "suspended": any(not h.usable(self._dataplane.clock()) for h in used),
+                    }
+                )
+        return rows
+
+    def _in_use(self) -> Iterator[Hosted[Any]]:
+        for group in self._dataplane.snapshot.groups.values():
+            yield from plugins_of(group)
+        for finding in self._dataplane.prober.findings:
+            yield finding.hosted
+
+    # pins
+
+    def pins(
+        self,
+        service: str | None = None,
+        server: str | None = None,
+        client: str | None = None,
+        cursor: str | None = None,
+        limit: int = PAGE,
+    ) -> Row:
+        """A page of pins, those of a service, a server, or a client (address, or a key as shown).
+
+        ``next`` is the cursor of the next page, ``None`` after the last.
+        """
+        groups = list(self._groups(service))
+        at, start = _cursor(cursor, len(groups))
+        limit = max(1, min(limit, PAGE))
+        rows: list[Row] = []
+        looked = 0
+        while at < len(groups) and len(rows) < limit and looked < 20 * PAGE:
+            page = groups[at].table.pins(start, limit)
+            looked += limit
+            rows += [
+                self._pin(groups[at], pin)
+                for pin in page.pins
+                if (server is None or pin.server == server) and (client is None or _is_of(pin, client))
+            ]
+            at, start = (at, page.next) if page.next is not None else (at + 1, 0)
+        return {"pins": rows, "next": f"{at}:{start}" if at < len(groups) else None}
+
+    def _pin(self, group: Group, pin: Pin) -> Row:
+        return {
+            "service": group.name,
+            "server": pin.server,
+            "keys": [show_key(key) for key in pin.keys],
+            "since": pin.since,
+            "due": pin.due,
+        }
+
+    def delete_pins(
+        self,
+        service: str | None = None,
+        server: str | None = None,
+        client: str | None = None,
+        key: str | None = None,
+    ) -> Row:
+        """Delete the pins that match everything that is given; at least one thing must be.
+
+        Raises:
+            Refused: nothing is given, or the key is not one.
+        """
+        if service is None and server is None and client is None and key is None:
+            raise Refused("say which pins to delete: by service, server, client or key")
+        if key is not None:
+            try:
+                wanted = parse_key(key)
+            except ValueError as error:
+                raise Refused(str(error)) from None
+            doomed = [(g, wanted) for g in self._groups(service) if g.table.get(wanted) is not None]
+        else:
+            doomed = [
+                (group, pin.keys[0])
+                for group in self._groups(service)
+                for pin in _all_pins(group.table)
+                if (server is None or pin.server == server) and (client is None or _is_of(pin, client))
+            ]
+        return {"deleted": self._dataplane.delete_pins(doomed)}
+
+    # explain
+
+    def explain(self, client: str, port: int | None = None, service: str | None = None) -> Row:
+        """Where a client is, by which key, since when and why; or what a new one would get.
+
+        Args:
+            client: its address.
+            port: its source port; without it, all its flows are listed.
+            service: one service; all by default.
+
+        Raises:
+            Refused: the address or the port makes no sense.
+        """
+        try:
+            address = ip_address(client)
+        except ValueError:
+            raise Refused(f"{client!r} is not an IPv4 or IPv6 address") from None
+        if port is not None and not 0 < port < 65_536:
+            raise Refused(f"{port} is not a port: it must be from 1 to 65535")
+        views = [v for v in self._dataplane.snapshot.services.values() if service in (None, v.service.name)]
+        if not views:
+            raise Refused(f"there is no virtual service {service!r}")
+        return {
+            "client": str(address),
+            "port": port,
+            "flows": [self._flow(flow) for flow in self._flows_of(address.packed, port, views)][:PAGE],
+            "services": [self._would(view, address, port) for view in views],
+        }
+
+    def _flows_of(self, address: bytes, port: int | None, views: list[ServiceView]) -> Iterator[Flow]:
+        names = {view.service.name for view in views}
+        for flow in self._dataplane.forwarder.flows.by_fd.values():
+            if flow.listener.service.name in names:
+                at, its_port = peer_address(flow.peer)
+                if at == address and port in (None, its_port):
+                    yield flow
+
+    def _flow(self, flow: Flow) -> Row:
+        _, port = peer_address(flow.peer)
+        service = flow.listener.service
+        pin = self._dataplane.forwarder.groups[service.name].table.describe(flow.key) if flow.key else None
+        return {
+            "service": service.name,
+            "port": port,
+            "server": flow.member.name,
+            "upstream_port": flow.port,
+            "opened": flow.opened,
+            "last": flow.last,
+            "confirmed": flow.confirmed,
+            "key": show_key(flow.key) if flow.key else None,
+            "pinned_since": pin.since if pin else None,
+            "keys": [show_key(key) for key in pin.keys] if pin else [],
+        }
+
+    def _would(self, view: ServiceView, address: IPv4Address | IPv6Address, port: int | None) -> Row:
+        """What a datagram that is not IKE, or the first of a new client, would get: nothing is changed by asking."""
+        group = view.group
+        datagram = Datagram(Client(address.packed, port or 0), view.service.port, ike.Kind.OTHER, b"", b"")
+        trial = _trial(group)
+        decision = balancer.decide(trial, datagram, Random(0), self._dataplane.clock())
+        pin = group.table.describe(decision.matched) if decision.matched else None
+        return {
+            "service": view.service.name,
+            "server": decision.member.name if decision.member else None,
+            "reason": str(decision.reason),
+            "key": show_key(decision.matched) if decision.matched else None,
+            "pinned_since": pin.since if pin else None,
+            "scheduler": group.leader.scheduler.plugin,
+            "why": _why(decision, group),
+            "left_out": {m.name: why for m in group.members.values() if (why := _left_out(m))},
+        }
+
+    # changing
+
+    def set_state(self, server: str, state: str, service: str | None = None) -> Row:
+        """Enable, drain or disable a server; in every group that has it unless a service is named.
+
+        Raises:
+            Refused: the state is none, or the new state is in force but could not be saved.
+            UnknownObject: there is no such service or server.
+        """
+        try:
+            wanted = AdminState(state)
+        except ValueError:
+            raise Refused(f"{state!r} is not a state: it must be one of {', '.join(AdminState)}") from None
+        groups = list(self._groups(service))
+        concerned = [group for group in groups if server in group.members] or groups[:1]
+        if not concerned:
+            raise UnknownObject(f"there is no real server {server!r}: no virtual service is configured")
+        if service is None and server not in concerned[0].members:
+            known = sorted({name for group in groups for name in group.members})
+            raise UnknownObject(f"there is no real server {server!r} (there is: {', '.join(known)})")
+        try:
+            for group in concerned:
+                self._dataplane.set_admin(group.name, server, wanted)
+        except OSError as error:
+            raise Refused(f"{server} is {state} now, but a restart will forget it: {error}") from None
+        return {
+            "server": server,
+            "state": state,
+            "services": [service.name for group in concerned for service in group.services],
+            "pinned": sum(group.members[server].pinned for group in concerned),
+        }
+
+    def reload(self) -> Row:
+        """Read the configuration file again and make it the running one, whole or not at all.
+
+        Raises:
+            Refused: it cannot be read, has faults, or cannot be brought into force; nothing has changed.
+        """
+        try:
+            config = parse(self._path.read_bytes(), self._registry)
+        except OSError as error:
+            raise Refused(f"{self._path} cannot be read: {error.strerror}") from None
+        except ConfigError as error:
+            raise Refused(f"{self._path} has faults, nothing was changed:\n{error}") from None
+        old = self._dataplane.snapshot.config
+        if config.node.state_dir != old.node.state_dir:
+            raise Refused(
+                "node.state_dir cannot be changed by a reload: restart the daemon, nothing was changed"
+            )
+        try:
+            self._dataplane.reload(config)
+        except (ListenError, PluginError) as error:
+            raise Refused(f"nothing was changed: {error}") from None
+        return {"changes": list(diff(old, config).lines())}
+
+    def _groups(self, service: str | None) -> Iterator[Group]:
+        snapshot = self._dataplane.snapshot
+        if service is None:
+            yield from snapshot.groups.values()
+            return
+        if service not in snapshot.services:
+            known = ", ".join(snapshot.services) or "none"
+            raise UnknownObject(f"there is no virtual service {service!r} (there is: {known})")
+        yield snapshot.services[service].group
+
+
+def _sum(counters: Any) -> Row:
+    rows: list[Counters] = list(counters)
+    return {
+        "flows": sum(c.flows for c in rows),
+        "packets_in": sum(c.packets_in for c in rows),
+        "bytes_in": sum(c.bytes_in for c in rows),
+        "packets_out": sum(c.packets_out for c in rows),
+        "bytes_out": sum(c.bytes_out for c in rows),
+    }
+
+
+def _cursor(cursor: str | None, groups: int) -> tuple[int, int]:
+    if cursor is None:
+        return 0, 0
+    at, _, start = cursor.partition(":")
+    if not (at.isdecimal() and start.isdecimal() and len(cursor) < 20) or int(at) > groups:
+        raise Refused(f"{cursor!r} is not a cursor of this listing")
+    return int(at), int(start)
+
+
+def _all_pins(table: AffinityTable[Member]) -> Iterator[Pin]:
+    start: int | None = 0
+    while start is not None:
+        page = table.pins(start, PAGE)
+        yield from page.pins
+        start = page.next
+
+
+def _is_of(pin: Pin, client: str) -> bool:
+    return any(client in (client_of(key), show_key(key)) for key in pin.keys)
+
+
+def _trial(group: Group) -> Group:
+    """The group with copies of its schedulers, so that asking what would happen leaves no trace."""
+    pools = {}
+    for family, pool in group.pools.items():
+        shared: dict[int, Any] = {id(member): member for member in pool.candidates}
+        shared[id(pool.candidates)] = pool.candidates
+        try:
+            pools[family] = Pool(pool.candidates, copy.deepcopy(pool.scheduler, shared))
+        except Exception:  # a plugin that cannot be copied: its fallback is what can be told
+            pools[family] = Pool(pool.candidates, pool.scheduler)
+    return Group(
+        group.services, group.members, pools, group.persistence, group.following, group.endpoints, group.table
+    )
+
+
+def _why(decision: balancer.Decision, group: Group) -> str:
+    match decision.reason:
+        case balancer.Reason.PINNED:
+            return "one of its keys is pinned"
+        case balancer.Reason.SCHEDULED:
+            return f"not pinned: {group.leader.scheduler.plugin} picks for a new client"
+        case balancer.Reason.FALLBACK:
+            return f"not pinned, and {group.leader.scheduler.plugin} is at fault: the fewest pinned clients"
+    return "no real server of its address family takes clients"
+
+
+def _left_out(member: Member) -> str | None:
+    """Why a server gets no new clients; ``None`` if it does."""
+    if member.takes:
+        return None
+    for why in (member.admin, member.asked):
+        if why is not AdminState.ENABLED:
+            return str(why)
+    return str(member.health) if not member.keeps else "weight 0"
