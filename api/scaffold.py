@@ -159,7 +159,7 @@ class $cls:
 '''
 
 _FOLLOWING = '''\
-"""$cls: a real server serves the follower on the follower's port, or on one that the configuration names."""
+"""$cls: real servers serve a follower on its port, or on one that the configuration names."""
 
 from __future__ import annotations
 
