@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from scenarios import Figures, Metric, legend, metrics
@@ -118,20 +119,26 @@ def show(results: Results, console: Console) -> None:
 
 
 def _table(results: Results) -> Table:
-    table = Table(title="median (lowest..highest) and ratio against nginx", title_justify="left")
+    table = Table(
+        title="median (lowest..highest) and ratio against nginx", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("figure")
     for name in results.forwarders:
         table.add_column(name, justify="right")
     for metric in _METRICS.values():
         if metric.name in results.figures:
             cells = [_cell(results, metric, name) for name in results.forwarders]
+            if not metric.title.startswith("  "):
+                table.add_section()
             table.add_row(f"{metric.title}, {metric.unit}", *cells)
     return table
 
 
 def _cell(results: Results, metric: Metric, forwarder: str) -> str:
     values = results.figures[metric.name].get(forwarder)
-    if not values or (forwarder == "direct" and metric.name.endswith(("cpu", "busy", "memory"))):
+    if not values or (
+        forwarder == "direct" and metric.name.endswith(("cpu", "busy", "memory", "memory_all"))
+    ):
         return ""
     text = _number(statistics.median(values))
     if len(values) > 1 and min(values) != max(values):

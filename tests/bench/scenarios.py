@@ -19,8 +19,8 @@ SEGMENTS = 16
 """Datagrams in a super-packet: 16 of 1,400 bytes."""
 SUPER_BATCH = 4
 """Super-packets in one send: as many datagrams as :data:`~load.BATCH`."""
-WINDOW = 256
-"""New flows under way at once; more would overflow small receive buffers, fewer would starve a batch."""
+WINDOW = 128
+"""New flows under way at once: as many as a receive buffer of the default size holds."""
 STALL = 0.1
 """Seconds without progress after which datagrams under way count as lost."""
 BULK = Mix(flows=64, burst=16, size=1400)
@@ -56,24 +56,27 @@ def metrics() -> Sequence[Metric]:
     for name in (*MIXES, "down"):
         found += [
             Metric(f"{name}_cpu", f"{name}: CPU per packet", "µs", True),
-            Metric(f"{name}_rate", f"{name}: throughput", "k/s", False),
-            Metric(f"{name}_loss", f"{name}: lost", "%", True),
-            Metric(f"{name}_busy", f"{name}: busy", "%", False),
+            Metric(f"{name}_rate", "  throughput", "k/s", False),
+            Metric(f"{name}_loss", "  lost", "%", True),
+            Metric(f"{name}_busy", "  busy", "%", False),
         ]
     return [
         *found,
         Metric("paced_loss", "paced: lost", "packets", True),
-        Metric("paced_disorder", "paced: out of order", "packets", True),
-        Metric("paced_cpu", "paced: CPU per packet", "µs", True),
+        Metric("paced_disorder", "  out of order", "packets", True),
+        Metric("paced_cpu", "  CPU per packet", "µs", True),
         Metric("trip_p50", "round trip p50", "µs", True),
         Metric("trip_p99", "round trip p99", "µs", True),
         Metric("first_rate", "new flows, first packet", "k/s", False),
-        Metric("first_lost", "new flows, first packet: lost", "packets", True),
+        Metric("first_cpu", "  CPU per flow", "µs", True),
+        Metric("first_lost", "  lost", "packets", True),
         Metric("reply_rate", "new flows, request and reply", "k/s", False),
-        Metric("reply_lost", "new flows, request and reply: lost", "packets", True),
-        Metric("memory", "memory (RSS) per 10,000 flows", "MiB", True),
+        Metric("reply_cpu", "  CPU per flow", "µs", True),
+        Metric("reply_lost", "  lost", "packets", True),
+        Metric("memory", "memory (RSS) that 10,000 flows added", "MiB", True),
+        Metric("memory_all", "  with them, in all", "MiB", True),
         Metric("gso_rate", "GSO: throughput", "k/s", False),
-        Metric("gso_cpu", "GSO: CPU per packet", "µs", True),
+        Metric("gso_cpu", "  CPU per packet", "µs", True),
     ]
 
 
@@ -232,30 +235,41 @@ def round_trip(load: Load, running: Running, effort: Effort) -> Figures:
 
 def new_flows_first(load: Load, running: Running, effort: Effort) -> Figures:
     """Clients that were never seen send IKE_SA_INIT; how fast these reach a server."""
-    rate, lost = _new_flows(load, effort.new_flows, lambda: load.drain(load.sinks_ike), lambda: 0)
-    return {"first_rate": rate / 1e3, "first_lost": float(lost)}
+    return _new_flows(load, running, effort, "first", lambda: load.drain(load.sinks_ike), lambda: 0)
 
 
 def new_flows_answered(load: Load, running: Running, effort: Effort) -> Figures:
     """Clients that were never seen send IKE_SA_INIT and get an answer; what the forwarder keeps for each."""
     before = running.memory()
-    rate, lost = _new_flows(
-        load, effort.new_flows, lambda: load.drain([load.client_ike]), lambda: load.answer(load.sinks_ike)
+    figures = _new_flows(
+        load,
+        running,
+        effort,
+        "reply",
+        lambda: load.drain([load.client_ike]),
+        lambda: load.answer(load.sinks_ike),
     )
-    grown = (running.memory() - before) / 2**20
+    after = running.memory()
     return {
-        "reply_rate": rate / 1e3,
-        "reply_lost": float(lost),
-        "memory": grown * 10_000 / effort.new_flows,
+        **figures,
+        "memory": (after - before) / 2**20 * 10_000 / effort.new_flows,
+        "memory_all": after / 2**20,
     }
 
 
 def _new_flows(
-    load: Load, count: int, drain: Callable[[], int], serve: Callable[[], int]
-) -> tuple[float, int]:
-    """New flows per second, and how many were lost, with at most :data:`WINDOW` under way."""
+    load: Load,
+    running: Running,
+    effort: Effort,
+    name: str,
+    drain: Callable[[], int],
+    serve: Callable[[], int],
+) -> Figures:
+    """Set up new flows as fast as they go, with at most :data:`WINDOW` under way."""
+    count = effort.new_flows
     batch = load.ike_requests(range(count))
     sent = done = lost = 0
+    before = running.usage()
     began = arrival = since = time.perf_counter()
     while done + lost < count:
         if room := min(BATCH, count - sent, WINDOW - (sent - done - lost)):
@@ -266,7 +280,12 @@ def _new_flows(
             arrival = since = time.perf_counter()
         elif time.perf_counter() - since > STALL:
             lost, since = sent - done, time.perf_counter()
-    return done / max(arrival - began, 1e-9), lost
+    used = running.usage() - before
+    return {
+        f"{name}_rate": done / max(arrival - began, 1e-9) / 1e3,
+        f"{name}_cpu": used.cpu * 1e6 / max(1, done),
+        f"{name}_lost": float(lost),
+    }
 
 
 def gso(load: Load, running: Running, effort: Effort) -> Figures:
