@@ -45,7 +45,7 @@ bench: $(VENV)/bench.stamp
 # The versions of a fresh environment, to be committed after `make check test` passed with them.
 constraints:
 	rm -rf build/constraints
-	deploy/make-venv.sh build/constraints
+	PYTHON='$(PYTHON)' deploy/make-venv.sh build/constraints
 	build/constraints/bin/python -m pip install --quiet '.[dev,bench]'
 	echo '# The versions that were tested together, written by: make constraints' > constraints.txt
 	build/constraints/bin/python -m pip freeze --all --exclude pip --exclude sapin >> constraints.txt
