@@ -26,6 +26,7 @@ class Authority:
         (folder / "private/own.key").symlink_to(self._key)
         _openssl(
             *self._request(f"/CN={identity}"),
+            *["-addext", "basicConstraints=critical,CA:FALSE"],
             *["-addext", f"subjectAltName={kind}:{identity}", "-key", str(self._key)],
             *["-CA", str(self._certificate), "-CAkey", str(self._signing_key)],
             *["-out", f"{folder}/x509/own.pem"],

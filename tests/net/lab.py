@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from . import namespaces
-from .certificates import Authority
-from .namespaces import LabError, Namespace, Wire
-from .strongswan import Charon, IkeSa, Settings
+from tests.net.certificates import Authority
+from tests.net.namespaces import Namespace, Wire
+from tests.net.strongswan import Charon, IkeSa, Settings
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Gateway:
         self.name = f"gw{number}"
         self.address = f"10.60.0.{10 + number}"
         self.address6 = f"2001:db8:60::{10 + number}"
-        namespace = Namespace(self.name)
+        self._namespace = namespace = Namespace(self.name)
         wire.attach(namespace, "eth0", f"{self.address}/24", f"{self.address6}/64")
         namespace.ip(
             f"address add {INSIDE}/32 dev lo",
@@ -103,6 +103,10 @@ class Gateway:
             "route add default via 2001:db8:60::1",
         )
         self.charon = install.charon(self.name, namespace, GATEWAY_ID, _gateway_settings(number))
+
+    async def ping(self, inner: str) -> bool:
+        """Whether traffic flows inside the tunnel of the client with that inner address."""
+        return await _ping(self._namespace, inner, "-I", INSIDE)
 
     async def restart(self) -> None:
         """Start the daemon where it was killed."""
@@ -112,14 +116,22 @@ class Gateway:
 
 
 class Client:
-    """A VPN client in a namespace of its own."""
+    """A VPN client in a namespace of its own.
 
-    def __init__(self, number: int, wire: Wire, addresses: Sequence[str], install: Installer) -> None:
+    Args:
+        addresses: its own, in CIDR notation.
+        outer: the address that it has beyond the NAT router, if it is behind one.
+    """
+
+    def __init__(
+        self, number: int, wire: Wire, addresses: Sequence[str], install: Installer, outer: str = ""
+    ) -> None:
         self.name = f"c{number:02}"
+        self.outer = outer or addresses[0].partition("/")[0]
         self.namespace = Namespace(self.name)
         wire.attach(self.namespace, "eth0", *addresses)
         identity = CERTIFICATE.identity(self.name)
-        settings = {
+        settings: Settings = {
             "connections": {each.name: each.settings(self.name) for each in CONNECTIONS},
             "secrets": SECRETS,
         }
@@ -128,30 +140,16 @@ class Client:
     async def connect(self, how: Connection = PSK) -> bool:
         """Bring the tunnel up; whether it is."""
         initiate = ["--initiate", "--child", how.name, "--timeout", str(int(PATIENCE))]
-        printed = await self.charon.control(*initiate, check=False, timeout=PATIENCE + 5)
+        printed = await self.charon.control(*initiate, check=False, patience=PATIENCE + 5)
         return "initiate completed successfully" in printed
 
-    async def disconnect(self) -> None:
-        """Tell the gateway that it is over, and wait for its answer."""
-        for sa in await self.charon.sas():
-            await self.charon.control("--terminate", "--ike-id", str(sa.id), check=False)
+    async def ping(self) -> bool:
+        """Whether traffic flows inside the tunnel."""
+        return await _ping(self.namespace, INSIDE)
 
-    async def sa(self) -> IkeSa:
-        """The tunnel that is up.
-
-        Raises:
-            LabError: there is none, or several.
-        """
-        found = [sa for sa in await self.charon.sas() if sa.established and sa.children]
-        if len(found) != 1:
-            raise LabError(f"{self.name} has {len(found)} tunnels")
-        return found[0]
-
-    async def ping(self, count: int = 3) -> bool:
-        """Whether traffic flows inside the tunnel, both ways: one answer is enough."""
-        return (
-            await self.namespace.run("ping", "-q", "-c", str(count), "-i", "0.1", "-W", "1", INSIDE)
-        ).returncode == 0
+    async def stray(self, port: int) -> None:
+        """Send a datagram from nowhere to the balancer: ESP of a tunnel that nobody knows."""
+        await self.namespace.run("bash", "-c", f"printf 0123456789abcdef > /dev/udp/{VIP}/{port}")
 
 
 class NatRouter:
@@ -172,9 +170,31 @@ class NatRouter:
 
     def client(self, number: int, install: Installer) -> Client:
         """A new client behind this router."""
-        client = Client(number, self.inside, [f"{self._net}.{100 + number}/24"], install)
+        client = Client(number, self.inside, [f"{self._net}.{100 + number}/24"], install, self.address)
         client.namespace.ip(f"route add default via {self._net}.1")
         return client
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """A tunnel that is up, as its ends see it."""
+
+    client: Client
+    gateway: Gateway
+    near: IkeSa
+    """What the client says."""
+    far: IkeSa
+    """What the gateway says."""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What changes only when the tunnel is rekeyed or set up again: the gateway and all SPIs."""
+        return (self.gateway.name, *self.near.spis, *self.child_identity)
+
+    @property
+    def child_identity(self) -> tuple[str, ...]:
+        """What changes when the CHILD_SA is rekeyed or set up again."""
+        return tuple(spi for child in self.near.children for spi in (child.spi_in, child.spi_out))
 
 
 class Lab:
@@ -203,7 +223,8 @@ class Lab:
     @property
     def charons(self) -> Iterator[Charon]:
         """Every IKE daemon."""
-        yield from (each.charon for each in (*self.gateways, *self.clients))
+        yield from (gateway.charon for gateway in self.gateways)
+        yield from (client.charon for client in self.clients)
 
     def start(self) -> None:
         """Start all IKE daemons."""
@@ -211,16 +232,41 @@ class Lab:
             charon.start()
         trio.run(together, [charon.load for charon in self.charons])
 
+    async def connect(self, clients: Iterable[Client], how: Connection = PSK) -> list[bool]:
+        """Bring tunnels up at the same time; which of them are."""
+        return await together(partial(client.connect, how) for client in clients)
+
+    async def tunnels(self) -> dict[str, Tunnel]:
+        """The tunnels that are up, by the client's name: one SA, known to both ends, and to one gateway only."""
+        clients = await together(client.charon.sas for client in self.clients)
+        gateways = await together(gateway.charon.sas for gateway in self.gateways)
+        ends: dict[str, list[tuple[Gateway, IkeSa]]] = {}
+        for gateway, far in zip(self.gateways, gateways, strict=True):
+            for sa in far:
+                ends.setdefault(sa.spi_i, []).append((gateway, sa))
+        up = {}
+        for client, near in zip(self.clients, clients, strict=True):
+            known = ends.get(near[0].spi_i, []) if len(near) == 1 else []
+            for gateway, sa in known if len(known) == 1 else []:
+                if near[0].spis == sa.spis and near[0].established and sa.established:
+                    up[client.name] = Tunnel(client, gateway, near[0], sa)
+        return up
+
     async def reset(self) -> None:
         """End all tunnels, and start the gateways that were killed."""
         await together([gateway.restart for gateway in self.gateways])
         await together([charon.terminate for charon in self.charons])
 
-    def close(self) -> None:
-        """End all processes and take all namespaces away."""
+    def stop(self) -> None:
+        """End all IKE daemons."""
         for charon in self.charons:
             charon.kill()
-        namespaces.clear()
+
+
+async def _ping(namespace: Namespace, address: str, *options: str) -> bool:
+    """Whether one of three echo requests is answered."""
+    argv = ["ping", "-q", "-c", "3", "-i", "0.1", "-W", "1", *options, address]
+    return (await namespace.run(*argv)).returncode == 0
 
 
 def _gateway_settings(number: int) -> Settings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -52,9 +52,9 @@ class Namespace:
         # Not "ip netns exec": that gives the program a /sys of its own.
         return ["nsenter", f"--net={NETNS / self.name}", "--", *argv]
 
-    async def run(self, *argv: str, timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    async def run(self, *argv: str, patience: float = 20) -> subprocess.CompletedProcess[str]:
         """Run a program to its end; see :func:`run`."""
-        return await run(*self.inside(*argv), timeout=timeout)
+        return await run(*self.inside(*argv), patience=patience)
 
 
 class Wire:
@@ -126,33 +126,33 @@ class Daemon:
 
 
 async def run(
-    *argv: str, timeout: float = 20, env: Mapping[str, str] | None = None
+    *argv: str, patience: float = 20, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, whatever its exit status; its standard error is part of its output.
 
     Raises:
-        LabError: it ran longer than ``timeout`` seconds.
+        LabError: it ran longer than ``patience`` seconds.
     """
     environment = {**os.environ, **(env or {})}
-    with trio.move_on_after(timeout):
+    with trio.move_on_after(patience):
         done = await trio.run_process(
             argv, capture_stdout=True, stderr=subprocess.STDOUT, check=False, env=environment
         )
         return subprocess.CompletedProcess(argv, done.returncode, done.stdout.decode(errors="replace"))
-    raise LabError(f"{' '.join(argv)} ran longer than {timeout} s")
+    raise LabError(f"{' '.join(argv)} ran longer than {patience} s")
 
 
-async def until(condition: Callable[[], object], what: str, timeout: float = 10) -> None:
+async def until(condition: Callable[[], Awaitable[object]], what: str, patience: float = 10) -> None:
     """Wait until a condition holds.
 
     Raises:
-        LabError: it did not within ``timeout`` seconds.
+        LabError: it did not within ``patience`` seconds.
     """
-    with trio.move_on_after(timeout):
-        while not condition():
-            await trio.sleep(0.02)
-        return
-    raise LabError(f"waited {timeout} s in vain: {what}")
+    deadline = trio.current_time() + patience
+    while not await condition():
+        if trio.current_time() > deadline:
+            raise LabError(f"waited {patience} s in vain: {what}")
+        await trio.sleep(0.05)
 
 
 def sweep() -> None:

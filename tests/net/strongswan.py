@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .namespaces import Daemon, LabError, Namespace, run, until
+from tests.net.namespaces import Daemon, LabError, Namespace, run, until
 
 Settings = Mapping[str, "str | int | Settings"]
 """A section of a configuration file, with sections in it."""
@@ -42,6 +42,8 @@ class IkeSa:
     spi_r: str
     peer_id: str
     """The identity that the other end proved, empty before it did."""
+    inner: tuple[str, ...]
+    """The client's addresses in the tunnel."""
     children: tuple[ChildSa, ...]
 
     @property
@@ -86,14 +88,14 @@ class Charon:
         await until(self._listens, f"{self._name} listens")
         await self.control("--load-all", "--noprompt")
 
-    async def control(self, *arguments: str, check: bool = True, timeout: float = 20) -> str:
+    async def control(self, *arguments: str, check: bool = True, patience: float = 20) -> str:
         """Give the daemon a command of ``swanctl``, and return what it printed.
 
         Raises:
-            LabError: it failed, unless ``check`` is false; or it took longer than ``timeout`` seconds.
+            LabError: it failed, unless ``check`` is false; or it took longer than ``patience`` seconds.
         """
         argv = ["swanctl", *arguments, "--uri", f"unix://{self._socket}"]
-        done = await run(*argv, timeout=timeout, env=self._env)
+        done = await run(*argv, patience=patience, env=self._env)
         if check and done.returncode:
             raise LabError(f"{self._name}: {' '.join(argv)}: {done.stdout}")
         return done.stdout
@@ -115,7 +117,7 @@ class Charon:
         for sa in await self.sas():
             await self.control("--terminate", "--ike-id", str(sa.id), "--force", check=False)
 
-    def _listens(self) -> bool:
+    async def _listens(self) -> bool:
         if not self.running:
             raise LabError(f"{self._name} ended at its start")
         with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
@@ -185,6 +187,7 @@ def _ike_sa(fields: dict[str, Any]) -> IkeSa:
         spi_i=fields["initiator-spi"],
         spi_r=fields["responder-spi"],
         peer_id=fields["remote-id"] if established else "",
+        inner=tuple(fields.get("local-vips", fields.get("remote-vips", ()))),
         children=tuple(
             ChildSa(int(child["uniqueid"]), child["spi-in"], child["spi-out"])
             for child in fields.get("child-sas", {}).values()

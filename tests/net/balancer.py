@@ -1,0 +1,123 @@
+"""Sapin in the lab: a process of its own in the balancer's namespace, configured by a file, asked by its socket."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from sapin.api import control
+from tests.net.lab import VIP, VIP6, Gateway, Lab
+from tests.net.namespaces import Daemon, LabError, until
+
+START = 20.0
+"""Seconds that a start may take on a busy machine."""
+
+
+def configuration(gateways: Sequence[Gateway], persistence: str, scheduler: str, follows: bool) -> str:
+    """The services of UDP 500 and 4500 at both virtual addresses, as TOML."""
+    pairs = [
+        ("ike", VIP, [(gateway.name, gateway.address) for gateway in gateways]),
+        ("ike6", VIP6, [(gateway.name, gateway.address6) for gateway in gateways]),
+    ]
+    text = ""
+    for name, vip, servers in pairs:
+        independent = f"""
+            scheduler = "{scheduler}"
+            persistence = "{persistence}"
+            checks = [{{ plugin = "ike", interval = "300ms", timeout = "250ms", rise = 2, fall = 2 }}]
+            real_servers = [{", ".join(f'{{ name = "{n}", address = "{a}" }}' for n, a in servers)}]
+        """
+        text += _service(name, vip, 500, independent)
+        text += _service(f"{name}-natt", vip, 4500, f'follows = "{name}"' if follows else independent)
+    return text
+
+
+def _service(name: str, vip: str, port: int, rest: str) -> str:
+    return f"""
+        [[virtual_services]]
+        name = "{name}"
+        address = "{vip}"
+        port = {port}
+        {rest}
+    """
+
+
+class Balancer:
+    """Runs Sapin while the context lasts. Its log is printed at the end, for pytest to show with a failure.
+
+    Args:
+        follows: whether UDP 4500 follows UDP 500; otherwise it chooses gateways of its own.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        *,
+        persistence: str = "source-address",
+        scheduler: str = "least-connections",
+        follows: bool = True,
+    ) -> None:
+        folder = Path(mkdtemp(prefix="sapin-", dir=lab.folder))
+        self._state = folder / "state"
+        self._state.mkdir()
+        config = folder / "sapin.toml"
+        config.write_text(f'[node]\nname = "lb"\nstate_dir = "{self._state}"\n')
+        with config.open("a") as file:
+            file.write(configuration(lab.gateways, persistence, scheduler, follows))
+        argv = [sys.executable, "-m", "sapin.api.cli", "run", str(config)]
+        self._daemon = Daemon(lab.balancer, argv, folder / "sapin.log", {})
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = self._daemon.stop()
+        print(self._daemon.log.read_text())
+        if kind is None and status != 0:
+            raise LabError(f"Sapin did not end well when asked to: {status}")
+
+    async def start(self) -> None:
+        """Start it, and wait until it forwards."""
+        self._daemon.start()
+        await until(self._answers, "Sapin answers", START)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._daemon.kill()
+
+    async def call(self, name: str, **arguments: Any) -> Any:
+        """An operation of the control socket."""
+        return await trio.to_thread.run_sync(lambda: control.call(self._state, name, **arguments))
+
+    async def health(self) -> dict[str, str]:
+        """What the checks say of each gateway, by its name."""
+        status = await self.call("status")
+        return {server["name"]: server["health"] for server in status["groups"][0]["servers"]}
+
+    async def flows(self, address: str) -> set[tuple[str, str]]:
+        """Which service's flows of a client's address go to which gateway."""
+        told = await self.call("explain", client=address)
+        return {(flow["service"], flow["server"]) for flow in told["flows"]}
+
+    async def pins(self) -> dict[str, str]:
+        """The gateway that each key is pinned to."""
+        told = await self.call("pins")
+        return {key: pin["server"] for pin in told["pins"] for key in pin["keys"]}
+
+    async def _answers(self) -> bool:
+        if not self._daemon.running:
+            raise LabError(f"Sapin ended at its start: {self._daemon.log.read_text()}")
+        try:
+            await self.call("status")
+        except control.ControlError:
+            return False
+        return True
