@@ -1,4 +1,4 @@
-"""Does a plugin keep its contract? A suite that anyone can run on their own, in the way of scikit-learn's check_estimator.
+"""Does a plugin keep its contract? A suite to run on one's own plugin, as check_estimator is in scikit-learn.
 
 Once, raising on the first case that fails::
 
@@ -10,19 +10,20 @@ or each case as a test of its own::
     def test_contract(case: Case) -> None:
         case()
 
-A plugin with required options is given them: ``cases("check", MyCheck, {"port": 8080})``. The cases use made-up
-servers and clients, and a fixed random sequence, so that a failure comes again. Those of health checks send to closed and
-to silent ports of the loopback address, and start trio; all others are pure.
+A plugin with required options is given them: ``cases("check", MyCheck, {"port": 8080})``. The cases use
+made-up servers and clients and a fixed random sequence, so that a failure comes again. Those of health checks
+send to closed and to silent ports of the loopback address, and start trio; all others are pure.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
@@ -82,7 +83,7 @@ class Nonconformity(AssertionError):
 
 @dataclass(frozen=True)
 class Case:
-    """Something that the contract demands of a plugin; calling it raises :class:`Nonconformity` if it is not so."""
+    """Something that the contract demands of a plugin."""
 
     plugin: str
     demand: str
@@ -289,6 +290,20 @@ def _repeats_itself(make: Make) -> None:
         _fail("two instances with the same past and the same request.random picked differently")
 
 
+def _can_be_copied(make: Make) -> None:
+    """``sapin explain`` asks a copy, so that asking leaves no trace."""
+    scheduler, pool = make(), _pool(Random(1), 20)
+    _ask(scheduler, pool)
+    copied = copy.deepcopy(scheduler, {id(thing): thing for thing in (pool, *pool)})
+    if _ask(copied, pool) != _ask(scheduler, pool):
+        _fail("copy.deepcopy() of it picked differently from the original")
+
+
+def _ask(scheduler: Scheduler, pool: Sequence[Candidate]) -> list[str]:
+    dice = Random(4)
+    return [scheduler.pick(_request(dice), pool).name for _ in range(50)]
+
+
 def _is_quick(make: Make) -> None:
     dice = Random(1)
     scheduler, pool = make(), _pool(dice, 50)
@@ -399,14 +414,13 @@ def _answers_the_same_endpoint(make: Make) -> None:
 
 
 @contextmanager
-def _silent_port(address: str) -> Iterator[int]:
+def _silent_port() -> Iterator[int]:
     """A port that takes datagrams and connections and never answers."""
-    with ExitStack() as stack:
-        tcp = stack.enter_context(socket.create_server((address, 0)))
-        port = int(tcp.getsockname()[1])
-        udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        udp.bind((address, port))
-        yield port
+    tcp = socket.create_server(("127.0.0.1", 0))
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with tcp, udp:
+        udp.bind(tcp.getsockname())
+        yield tcp.getsockname()[1]
 
 
 def _look(make: Make, port: int, patience: float) -> tuple[object, float]:
@@ -421,17 +435,15 @@ def _look(make: Make, port: int, patience: float) -> tuple[object, float]:
         with trio.move_on_after(patience) as scope:
             try:
                 answer = await check.check(target)
-            except trio.TooSlowError:
-                pass
             except Exception as error:
-                answer = error
+                answer = None if isinstance(error, trio.TooSlowError) else error
         return answer, trio.current_time() - scope.deadline
 
     return trio.run(look)
 
 
 def _finds_something(make: Make) -> None:
-    with _silent_port("127.0.0.1") as port:
+    with _silent_port() as port:
         _check_finding(_look(make, port, _PATIENCE)[0])
     _check_finding(_look(make, port, 5 * _PATIENCE)[0])  # closed by now
 
@@ -454,7 +466,7 @@ def _check_finding(found: object) -> None:
 
 
 def _can_be_cancelled(make: Make) -> None:
-    with _silent_port("127.0.0.1") as port:
+    with _silent_port() as port:
         for patience in (0.0, _PATIENCE / 4):
             _, late = _look(make, port, patience)
             if late > CANCEL_LIMIT:
@@ -468,6 +480,7 @@ _CASES: Mapping[str, Mapping[str, Callable[[Make], None]]] = {
         "answers before it is prepared": _answers_before_prepare,
         "leaves the module random alone": _leaves_global_random_alone,
         "repeats itself": _repeats_itself,
+        "can be copied": _can_be_copied,
         "is quick": _is_quick,
         "asks for checks by their specification": _asks_for_checks,
     },

@@ -1,9 +1,9 @@
 """Adaptive: the real servers themselves say how much they want, through an agent.
 
-An agent on each server (:mod:`sapin.plugins.checks.agent`) answers a percentage, by its load, its licences, its free
-addresses or what else the operator thinks right. It scales the server's weight, and a new client goes where
-the fewest are pinned for that weight. A server that asks for less is not emptied: it gets new clients again
-when the others have caught up.
+An agent on each server (:mod:`sapin.plugins.checks.agent`) answers a percentage, by its load, its licences,
+its free addresses or what else the operator thinks right. It scales the server's weight, and a new client
+goes where the fewest are pinned for that weight. A server that asks for less is not emptied: it gets new
+clients again when the others have caught up.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Maglev: a table of 65,537 entries maps the hash of a client to a real server.
 
-After Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016, section 3.4. Each server has its own order of preference over all entries. The servers take turns, and each turn takes the
-server's most preferred entry that is still free; so with equal weights each gets as many entries as any other, or
-one more. When a server goes, its entries are dealt out again, and few others move: of a pool of 3, 10, 50 and 200
-servers 0.2, 0.3, 0.6 and 0.8 % of all entries (section 5.3 of the paper measures more). Weights are numbers of turns.
+After Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016, section 3.4.
+Each server has its own order of preference over all entries. The servers take turns, and each turn takes
+the server's most preferred entry that is still free; so with equal weights each gets as many entries as any
+other, or one more. When a server goes, its entries are dealt out again, and few others move: of a pool of
+3, 10, 50 and 200 servers 0.2, 0.3, 0.6 and 0.8 % of all entries.
+Weights are numbers of turns.
 
 The table depends on names and weights alone, not on their order or on the past: balancers with the same
-configuration agree without shared state. It is built by :meth:`Maglev.prepare`, in a worker thread. Until it is
-there, picks go on by the previous table, over the entries of servers that are gone.
+configuration agree without shared state. It is built by :meth:`Maglev.prepare`, in a worker thread. Until
+it is there, picks go on by the previous table, over the entries of servers that are gone.
 
 Cost: a pick is one hash and one look-up, for any number of servers; a table takes 128 KiB and, for 3 to 50
 servers, 15 to 45 ms to build.

@@ -1,15 +1,15 @@
 """Source hash: the client's address decides, by weighted highest random weight (rendezvous) hashing.
 
 Each candidate draws a number from the client's address and its own name; the highest number wins (Thaler
-and Ravishankar, IEEE/ACM Transactions on Networking 6(1), 1998). No candidate's number depends on the others,
-so
+and Ravishankar, IEEE/ACM Transactions on Networking 6(1), 1998). No candidate's number depends on the
+others, so
 
 * when a server goes, its clients and no others move; when it comes back, they and no others return;
 * two balancers with the same servers agree, without any shared state.
 
-Weights: a draw ``u``, even on (0, 1), counts as ``ln(u) / weight``; then the highest is a certain candidate's
-with a probability of exactly its share of the weights (the exponential distribution's minimum). Raising a weight
-only moves clients to that server.
+Weights: a draw ``u``, even on (0, 1), counts as ``ln(u) / weight``; then the highest is a certain
+candidate's with a probability of exactly its share of the weights (the exponential distribution's minimum).
+Raising a weight only moves clients to that server.
 
 State: two numbers per candidate. Cost: grows with the number of candidates, by some 0.5 µs each; maglev's
 does not. Clients behind one address share a server.

@@ -1,9 +1,9 @@
 """Smooth weighted turns, shared by the schedulers that deal out turns by weight.
 
-Each candidate has a balance. A turn adds to every balance its candidate's gain, goes to the highest balance, and costs it
-the sum of all gains. Over a period each candidate gets turns in proportion to its gain, and they lie as far
-apart as they can: gains of 5, 1, 1 give a a b a c a a, not a a a a a b c. The method is known as nginx's smooth
-weighted round robin.
+Each candidate has a balance. A turn adds to every balance its candidate's gain, goes to the highest
+balance, and costs it the sum of all gains. Over a period each candidate gets turns in proportion to its
+gain, and they lie as far apart as they can: gains of 5, 1, 1 give a a b a c a a, not a a a a a b c. The
+method is known as nginx's smooth weighted round robin.
 
 Only differences of balances matter, and they stay within the sum of the gains; so balances may be carried
 over when a candidate comes or goes, scaled to the new sum.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -114,6 +117,26 @@ class UsesRandomOfItsOwn:
 
     def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         return self._random.choice(candidates)
+
+
+class CannotBeCopied:
+    def __init__(self) -> None:
+        self._turns = itertools.count()
+        self._lock = threading.Lock()
+
+    def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        return candidates[next(self._turns) % len(candidates)]
+
+
+class SharesWithItsCopy:
+    def __init__(self) -> None:
+        self._turns = itertools.count()
+
+    def __deepcopy__(self, memo: object) -> SharesWithItsCopy:
+        return copy.copy(self)
+
+    def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        return candidates[next(self._turns) % len(candidates)]
 
 
 class Sleeps:
@@ -260,6 +283,8 @@ BROKEN = [
     ("scheduler", Changes, "answers one of the candidates"),
     ("scheduler", UsesGlobalRandom, "leaves the module random alone"),
     ("scheduler", UsesRandomOfItsOwn, "repeats itself"),
+    ("scheduler", CannotBeCopied, "can be copied"),
+    ("scheduler", SharesWithItsCopy, "can be copied"),
     ("scheduler", Sleeps, "is quick"),
     ("scheduler", Misspelt, "has the method of its kind"),
     ("scheduler", TakesTooMuch, "has the method of its kind"),
