@@ -40,16 +40,17 @@ MAX_DEPTH = 32
 """Tables and lists inside one another, at most."""
 
 _QUOTED = re.compile(
-    r'''
+    r"""
     "{3} (?: \\. | [^"\\] | "(?!"") )*+ (?:"{3,5})?
     | \'{3} (?: [^'] | '(?!\'\') )*+ (?:'{3,5})?
     | " (?: \\. | [^"\\\n] )*+ "?
     | ' [^'\n]*+ '?
     | \# [^\n]*+
-    ''',
+    """,
     re.DOTALL | re.VERBOSE,
 )
-_LONG_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){%d}" % MAX_DEPTH, re.ASCII)
+"""A string or comment of TOML, or one that does not end."""
+_LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}", re.ASCII)
 _TOO_DEEP = f"is nested too deeply: at most {MAX_DEPTH} levels are read"
 _STATE_DIR = "/var/lib/sapin"
 _ASSIGNED = {500: Framing.IKE, 4500: Framing.NATT}
@@ -86,8 +87,8 @@ def _read(text: str | bytes) -> dict[str, Any]:
         tree = tomllib.loads(decoded)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_fault(str(error), decoded)]) from None
-    except ValueError as error:
-        raise _unreadable(f"has a value that cannot be read: {error}") from None
+    except ValueError:  # the one that is no TOMLDecodeError (sys.set_int_max_str_digits)
+        raise _unreadable("has a number of too many digits") from None
     except RecursionError:
         raise _unreadable(_TOO_DEEP) from None
     if any(len(loc) > MAX_DEPTH for loc, _ in walk(tree)):

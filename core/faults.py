@@ -41,8 +41,8 @@ _REASONS = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
-    "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
+    "too_long": "has too many entries: at most {max_length}",
+    "too_short": "has too few entries: at least {min_length}",
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must have at least {min_length} characters",
     "enum": "must be {expected}",
@@ -151,7 +151,10 @@ def reason(error: ErrorDetails) -> str:
     template = _REASONS.get(error["type"])
     if template is None:
         return error["msg"][:1].lower() + error["msg"][1:]
-    return template.format(**error.get("ctx", {}))
+    context = error.get("ctx", {})
+    if "expected" in context:
+        context["expected"] = str(context["expected"]).replace("'", '"')
+    return template.format(**context)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -7,9 +7,10 @@ is ``None`` here, and no rule speaks of it, so that one mistake is one fault.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from sapin.core.faults import Loc, Report, reason, show, suggest
 from sapin.core.model import AdminState, Endpoint, IPAddress, PluginRef
@@ -42,16 +43,6 @@ class PluginCatalogue(Protocol):
         ...
 
 
-class _Service(NamedTuple):
-    """A virtual service and where it stands."""
-
-    loc: Loc
-    table: ServiceTable
-
-    def __str__(self) -> str:
-        return "another service" if self.table.name is None else show(self.table.name)
-
-
 class _Server(NamedTuple):
     """A real server and where it stands."""
 
@@ -59,19 +50,29 @@ class _Server(NamedTuple):
     table: ServerTable
 
 
+class _Service(NamedTuple):
+    """A virtual service and where it stands."""
+
+    loc: Loc
+    table: ServiceTable
+    servers: tuple[_Server, ...]
+
+    def __str__(self) -> str:
+        return "another service" if self.table.name is None else show(self.table.name)
+
+
+_Entry = TypeVar("_Entry", _Server, _Service)
 _Listening = Mapping[tuple[IPAddress | None, int | None], _Service]
 
 
 def check_services(tables: Sequence[ServiceTable], plugins: PluginCatalogue, report: Report) -> None:
     """Report every rule that a virtual service breaks."""
-    services = [_Service(("virtual_services", index), table) for index, table in enumerate(tables)]
-    named = {service.table.name: service for service in reversed(services) if service.table.name is not None}
+    services = [_service(index, table) for index, table in enumerate(tables)]
+    named = _by_name(services)
     listening = {(service.table.address, service.table.port): service for service in services}
     _check_names(services, report)
     _check_endpoints(services, report)
     for service in services:
-        if service.table.source == "transparent":
-            report.add((*service.loc, "source"), 'is not available in this version; use "nat"')
         if service.table.follows is None:
             _check_leader(service, report)
             _check_server_endpoints(service, listening, report)
@@ -83,11 +84,23 @@ def check_services(tables: Sequence[ServiceTable], plugins: PluginCatalogue, rep
             _check_plugin(loc, kind, table, plugins, report)
 
 
+def _service(index: int, table: ServiceTable) -> _Service:
+    loc: Loc = ("virtual_services", index)
+    servers = enumerate(table.real_servers or [])
+    return _Service(loc, table, tuple(_Server((*loc, "real_servers", n), server) for n, server in servers))
+
+
+def _by_name(entries: Sequence[_Entry]) -> dict[str | None, _Entry]:
+    """Entries by name, the first where one is there twice; ``None`` where one has none."""
+    return {entry.table.name: entry for entry in reversed(entries)}
+
+
 def _check_names(services: Sequence[_Service], report: Report) -> None:
     seen: dict[str, int] = {}
-    for index, (loc, table) in enumerate(services):
-        if table.name is not None and (first := seen.setdefault(table.name, index)) != index:
-            report.add((*loc, "name"), f"is the name of virtual_services[{first}] already")
+    for index, service in enumerate(services):
+        name = service.table.name
+        if name is not None and (first := seen.setdefault(name, index)) != index:
+            report.add((*service.loc, "name"), f"is the name of virtual_services[{first}] already")
 
 
 def _check_endpoints(services: Sequence[_Service], report: Report) -> None:
@@ -126,7 +139,7 @@ def _check_leader(service: _Service, report: Report) -> None:
 
 def _check_servers(service: _Service, report: Report) -> None:
     names: dict[str, int] = {}
-    for index, (loc, server) in enumerate(_servers(service)):
+    for index, (loc, server) in enumerate(service.servers):
         if server.name is not None and (first := names.setdefault(server.name, index)) != index:
             report.add((*loc, "name"), f"is the name of real_servers[{first}] already")
         mine, its = service.table.address, server.address
@@ -136,7 +149,7 @@ def _check_servers(service: _Service, report: Report) -> None:
 
 def _check_server_endpoints(service: _Service, listening: _Listening, report: Report) -> None:
     seen: dict[Endpoint, int] = {}
-    for index, (loc, server) in enumerate(_servers(service)):
+    for index, (loc, server) in enumerate(service.servers):
         port = server.port or service.table.port
         if server.address is None or port is None:
             continue
@@ -149,15 +162,10 @@ def _check_server_endpoints(service: _Service, listening: _Listening, report: Re
             )
 
 
-def _servers(service: _Service) -> list[_Server]:
-    tables = service.table.real_servers or []
-    return [_Server((*service.loc, "real_servers", index), table) for index, table in enumerate(tables)]
-
-
 # Leaders and followers
 
 
-def _leader(service: _Service, named: Mapping[str, _Service], report: Report) -> _Service | None:
+def _leader(service: _Service, named: Mapping[str | None, _Service], report: Report) -> _Service | None:
     """The service that this one may follow, if it names such a one."""
     loc = (*service.loc, "follows")
     follows = service.table.follows or ""
@@ -165,7 +173,7 @@ def _leader(service: _Service, named: Mapping[str, _Service], report: Report) ->
     if follows == service.table.name:
         report.add(loc, "is the service itself")
     elif leader is None:
-        others = [name for name in named if name != service.table.name]
+        others = sorted(name for name in named if name and name != service.table.name)
         report.add(loc, f"there is no virtual service of that name; {suggest(follows, others)}")
     elif leader.table.follows is not None:
         report.add(loc, f"{leader} follows {show(leader.table.follows)}; follow a service that follows none")
@@ -175,7 +183,6 @@ def _leader(service: _Service, named: Mapping[str, _Service], report: Report) ->
 
 
 def _check_follower(service: _Service, leader: _Service, report: Report) -> None:
-    _check_source(service, leader, report)
     _check_same_plugin("scheduler", DEFAULT_SCHEDULER, service, leader, report)
     _check_same_plugin("persistence", DEFAULT_PERSISTENCE, service, leader, report)
     _check_same_timeout(service, leader, report)
@@ -194,23 +201,16 @@ def _check_followed_endpoints(
         return
     loc = (*service.loc, "port")
     seen: dict[IPAddress, str | None] = {}
-    for _, server in _servers(leader):
+    for _, server in leader.servers:
         if server.address is None:
             continue
-        endpoint = Endpoint(server.address, port)
-        if (first := seen.setdefault(server.address, server.name)) != server.name:
-            report.add(loc, f"leads {first} and {server.name} of {leader} both to {endpoint}")
+        name, endpoint = server.name, Endpoint(server.address, port)
+        if (first := seen.setdefault(server.address, name)) != name:
+            report.add(loc, f"leads {first} and {name} of {leader} both to {endpoint}")
             return
         if other := listening.get(endpoint):
-            report.add(
-                loc, f"leads {server.name} to {endpoint}, which is {other}: datagrams would go in circles"
-            )
-
-
-def _check_source(service: _Service, leader: _Service, report: Report) -> None:
-    its = leader.table.source or "nat"
-    if (service.table.source or "nat") != its and not report.blames((*service.loc, "source")):
-        report.add((*service.loc, "source"), f"differs from {leader}, which has {show(its)}")
+            report.add(loc, f"leads {name} to {endpoint}, which is {other}: datagrams would go in circles")
+            return
 
 
 def _check_same_plugin(
@@ -241,7 +241,7 @@ def _check_same_timeout(service: _Service, leader: _Service, report: Report) -> 
 
 def _check_inherited(service: _Service, leader: _Service, report: Report) -> None:
     address = service.table.address
-    for _, server in _servers(leader):
+    for _, server in leader.servers:
         if address and server.address and server.address.version not in families(address):
             version = server.address.version
             report.add((*service.loc, "address"), f"cannot be served by the IPv{version} servers of {leader}")
@@ -250,8 +250,7 @@ def _check_inherited(service: _Service, leader: _Service, report: Report) -> Non
 
 def _check_same_servers(service: _Service, leader: _Service, report: Report) -> None:
     """A follower that lists servers lists its leader's; only the ports are its own."""
-    mine = {server.table.name: server for server in _servers(service)}
-    theirs = {server.table.name: server for server in _servers(leader)}
+    mine, theirs = _by_name(service.servers), _by_name(leader.servers)
     if not theirs or None in theirs or None in mine:
         return
     for name, server in mine.items():
@@ -305,10 +304,11 @@ def _check_plugin(loc: Loc, kind: str, table: PluginTable, plugins: PluginCatalo
 
 def _check_options(loc: Loc, table: PluginTable, model: type[BaseModel], report: Report) -> None:
     plugin = f"plugin {show(table.plugin)}"
+    # Strict as JSON, which has lists for tuples and strings for paths, as TOML has.
     # A model that says nothing of unknown keys would drop them, and with them a misspelt option.
     extra: Literal["allow", "forbid"] = "allow" if model.model_config.get("extra") == "allow" else "forbid"
     try:
-        model.model_validate(table.options, extra=extra)
+        model.model_validate_json(to_json(table.options, inf_nan_mode="constants"), strict=True, extra=extra)
     except ValidationError as failure:
         known = [*type(table).model_fields, *model.model_fields]
         for error in failure.errors(include_url=False, include_input=False):

@@ -122,6 +122,14 @@ def _name(value: str) -> str:
     return value
 
 
+def _source(value: str) -> str:
+    if value == "transparent":
+        raise ValueError('is not available in this version; use "nat"')
+    if value != "nat":
+        raise ValueError('must be "nat"')
+    return value
+
+
 def _state_dir(value: str) -> str:
     if not value.startswith("/") or not value.isprintable():
         raise ValueError("must be an absolute path")
@@ -233,7 +241,7 @@ class ServiceTable(Table):
     port: Port | None = None
     protocol: Literal["udp"] | None = None
     framing: Annotated[Framing, Field(strict=False)] | None = None
-    source: Literal["nat", "transparent"] | None = None
+    source: Annotated[str, AfterValidator(_source)] | None = None
     scheduler: PluginTable | None = None
     persistence: PersistenceTable | None = None
     checks: Annotated[list[CheckTable], Field(max_length=16)] | None = None
