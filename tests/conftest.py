@@ -26,6 +26,7 @@ settings.register_profile("sapin", deadline=None, print_blob=True)
 settings.load_profile("sapin")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = "; ".join(missing_requirements(item))
     if not reason:
@@ -38,8 +39,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def missing_requirements(item: pytest.Item) -> Iterator[str]:
     """Says what the test's markers ask for and the machine lacks."""
     lacking = missing_capabilities()
-    if lacking and item.get_closest_marker("root"):
-        yield f"needs root with {' and '.join(lacking)}"
+    for mark in item.iter_markers("root"):
+        if lacking:
+            yield f"needs root with {' and '.join(lacking)}, for {mark.args[0]}"
     for mark in item.iter_markers("programs"):
         for name in mark.args:
             if shutil.which(name, path=PROGRAM_PATH) is None:

@@ -20,7 +20,7 @@ def test_present(): pass
 @pytest.mark.programs("sh", "no-such-program")
 def test_missing(): pass
 
-@pytest.mark.root
+@pytest.mark.root("network namespaces")
 def test_root(): pass
 """
 
