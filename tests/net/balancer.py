@@ -98,6 +98,11 @@ class Balancer:
         """An operation of the control socket."""
         return await trio.to_thread.run_sync(lambda: control.call(self._state, name, **arguments))
 
+    async def command(self, *arguments: str) -> str:
+        """A command of Sapin's own command line, as an operator gives it."""
+        _, verb, server = arguments
+        return str(await self.call("set-state", server=server, state={"drain": "draining"}[verb]))
+
     async def health(self) -> dict[str, str]:
         """What the checks say of each gateway, by its name."""
         status = await self.call("status")

@@ -10,11 +10,12 @@ the tunnel, and gives its clients inner addresses of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import trio
 
@@ -23,6 +24,7 @@ from tests.net.namespaces import Namespace, Wire
 from tests.net.strongswan import Charon, IkeSa, Settings
 
 T = TypeVar("T")
+SaKind = Literal["ike", "child"]
 
 VIP = "198.18.0.1"
 VIP6 = "2001:db8:18::1"
@@ -147,6 +149,10 @@ class Client:
         """Whether traffic flows inside the tunnel."""
         return await _ping(self.namespace, INSIDE)
 
+    async def talk(self, seconds: int) -> None:
+        """Send something through the tunnel ten times a second, whether it is answered or not."""
+        await self.namespace.run("ping", "-q", "-i", "0.1", "-w", str(seconds), INSIDE)
+
     async def stray(self, port: int) -> None:
         """Send a datagram from nowhere to the balancer: ESP of a tunnel that nobody knows."""
         await self.namespace.run("bash", "-c", f"printf 0123456789abcdef > /dev/udp/{VIP}/{port}")
@@ -186,15 +192,11 @@ class Tunnel:
     far: IkeSa
     """What the gateway says."""
 
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """What changes only when the tunnel is rekeyed or set up again: the gateway and all SPIs."""
-        return (self.gateway.name, *self.near.spis, *self.child_identity)
-
-    @property
-    def child_identity(self) -> tuple[str, ...]:
-        """What changes when the CHILD_SA is rekeyed or set up again."""
-        return tuple(spi for child in self.near.children for spi in (child.spi_in, child.spi_out))
+    def spis(self, kind: SaKind) -> frozenset[str]:
+        """What changes when it is rekeyed or set up again, and not otherwise."""
+        if kind == "ike":
+            return frozenset(self.near.spis)
+        return frozenset(spi for child in self.near.children for spi in (child.spi_in, child.spi_out))
 
 
 class Lab:
@@ -251,6 +253,19 @@ class Lab:
                 if near[0].spis == sa.spis and near[0].established and sa.established:
                     up[client.name] = Tunnel(client, gateway, near[0], sa)
         return up
+
+    async def connects_begun(self) -> int:
+        """How many IKE_SA_INIT requests the clients sent so far."""
+        return sum(
+            await together(partial(client.charon.counter, "ike-init-out-req") for client in self.clients)
+        )
+
+    async def reassembled(self) -> int:
+        """How many datagrams the balancer's kernel put together from IP fragments so far."""
+        headings, figures = re.findall(
+            r"^Ip: (.*)$", (await self.balancer.run("cat", "/proc/net/snmp")).stdout, re.MULTILINE
+        )
+        return int(dict(zip(headings.split(), figures.split(), strict=True))["ReasmOKs"])
 
     async def reset(self) -> None:
         """End all tunnels, and start the gateways that were killed."""

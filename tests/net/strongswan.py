@@ -40,6 +40,8 @@ class IkeSa:
     established: bool
     spi_i: str
     spi_r: str
+    peer: str
+    """The address of the other end."""
     peer_id: str
     """The identity that the other end proved, empty before it did."""
     inner: tuple[str, ...]
@@ -186,6 +188,7 @@ def _ike_sa(fields: dict[str, Any]) -> IkeSa:
         established=established,
         spi_i=fields["initiator-spi"],
         spi_r=fields["responder-spi"],
+        peer=fields["remote-host"],
         peer_id=fields["remote-id"] if established else "",
         inner=tuple(fields.get("local-vips", fields.get("remote-vips", ()))),
         children=tuple(

@@ -6,10 +6,31 @@ configuration of its own, and asks the gateways, which know best, who is where.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from itertools import product
+from typing import get_args
+
 import pytest
+import trio
 
 from tests.net.balancer import Balancer
-from tests.net.lab import Lab, together
+from tests.net.lab import (
+    CERTIFICATE,
+    CERTIFICATE_WHOLE,
+    PSK,
+    PSK6,
+    VIP,
+    VIP6,
+    Client,
+    Connection,
+    Gateway,
+    Lab,
+    SaKind,
+    Tunnel,
+    together,
+)
+from tests.net.namespaces import until
 
 pytestmark = [
     pytest.mark.net,
@@ -19,15 +40,191 @@ pytestmark = [
         "charon-systemd", "swanctl", "ip", "nft", "ping", "openssl", "nsenter", "setpriv", "sysctl", "bash"
     ),
 ]
+KINDS: tuple[SaKind, ...] = get_args(SaKind)
+both_persistences = pytest.mark.parametrize("persistence", ["source-address", "ike-spi"])
 
 
-@pytest.mark.parametrize("persistence", ["source-address", "ike-spi"])
-async def test_every_tunnel_is_on_one_gateway(lab: Lab, persistence: str):
+async def connect(lab: Lab, clients: Iterable[Client], how: Connection = PSK) -> dict[str, Tunnel]:
+    """Connects clients, each to one gateway with traffic inside; all tunnels that are up then."""
+    clients = list(clients)
+    results = await lab.connect(clients, how)
+    assert all(results), [client.name for client, up in zip(clients, results, strict=True) if not up]
+    tunnels = await lab.tunnels()
+    assert {client.name for client in clients} <= set(tunnels)
+    await assert_traffic(clients)
+    return tunnels
+
+
+async def assert_traffic(clients: Iterable[Client]) -> None:
+    """Pings from inside each tunnel, all at the same time."""
+    clients = list(clients)
+    answered = await together(client.ping for client in clients)
+    assert all(answered), [
+        client.name for client, answer in zip(clients, answered, strict=True) if not answer
+    ]
+
+
+def gateways_of(clients: Iterable[Client], tunnels: dict[str, Tunnel]) -> list[str]:
+    """The gateway of each client."""
+    return [tunnels[client.name].gateway.name for client in clients]
+
+
+@both_persistences
+async def test_both_ports_of_every_client_are_on_one_gateway(lab: Lab, persistence: str) -> None:
     async with Balancer(lab, persistence=persistence) as sapin:
-        assert all(await lab.connect(lab.clients))
-        tunnels = await lab.tunnels()
-        assert set(tunnels) == {client.name for client in lab.clients}
-        assert all(await together(client.ping for client in lab.clients))
+        tunnels = await connect(lab, lab.clients)
         for client in lab.direct:
             gateway = tunnels[client.name].gateway.name
             assert await sapin.flows(client.outer) == {("ike", gateway), ("ike-natt", gateway)}
+        if persistence == "ike-spi":
+            pins = await sapin.pins()
+            for tunnel in tunnels.values():
+                assert pins[f"spi:{tunnel.near.spi_i}"] == tunnel.gateway.name
+
+
+async def test_source_address_keeps_the_clients_behind_a_nat_together(lab: Lab) -> None:
+    async with Balancer(lab) as sapin:
+        tunnels = await connect(lab, lab.clients)
+        for household in lab.behind_nat:
+            (gateway,) = set(gateways_of(household, tunnels))
+            assert await sapin.flows(household[0].outer) == {("ike", gateway), ("ike-natt", gateway)}
+
+
+async def test_ike_spi_spreads_the_clients_behind_a_nat(lab: Lab) -> None:
+    async with Balancer(lab, persistence="ike-spi"):
+        for household in lab.behind_nat:
+            tunnels = await connect(lab, household)
+            assert len(set(gateways_of(household, tunnels))) == len(lab.gateways)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+async def test_only_with_following_everybody_connects(lab: Lab, follows: bool) -> None:
+    async with Balancer(lab, scheduler="round-robin", follows=follows):
+        # Somebody comes with a tunnel that runs already, as ever so often: the two ports are out of step from here on.
+        await lab.direct[0].stray(4500)
+        assert all(await lab.connect(lab.clients)) is follows
+
+
+@both_persistences
+async def test_tunnels_outlive_rekeying_by_either_end(lab: Lab, persistence: str) -> None:
+    async with Balancer(lab, persistence=persistence):
+        tunnels = await connect(lab, lab.clients)
+        home = gateways_of(lab.clients, tunnels)
+        clients = [client.charon for client in lab.clients]
+        gateways = [gateway.charon for gateway in lab.gateways]
+        for kind, charons in product(KINDS, [clients, gateways]):
+            await together(partial(charon.control, "--rekey", f"--{kind}", PSK.name) for charon in charons)
+            tunnels = await rekeyed(lab, tunnels, kind)
+            assert gateways_of(lab.clients, tunnels) == home
+            await assert_traffic(lab.clients)
+
+
+async def rekeyed(lab: Lab, before: dict[str, Tunnel], kind: SaKind) -> dict[str, Tunnel]:
+    """Waits until all tunnels have new keys; the tunnels then."""
+    after = dict(before)
+
+    async def done() -> bool:
+        after.update(await lab.tunnels())
+        return all(after[name].spis(kind).isdisjoint(old.spis(kind)) for name, old in before.items())
+
+    await until(done, f"every {kind} SA has new SPIs at both ends", patience=15)
+    return after
+
+
+async def test_long_certificates_pass_in_fragments_of_ike(lab: Lab) -> None:
+    clients = [*lab.direct[:3], *lab.behind_nat[0][:3]]
+    split = [client.charon.log.count("splitting IKE message") for client in clients]
+    reassembled = await lab.reassembled()
+    async with Balancer(lab):
+        await connect(lab, clients, CERTIFICATE)
+    assert await lab.reassembled() == reassembled
+    for client, before in zip(clients, split, strict=True):
+        assert client.charon.log.count("splitting IKE message") > before
+
+
+async def test_long_certificates_pass_in_fragments_of_ip(lab: Lab) -> None:
+    clients = [*lab.direct[:3], *lab.behind_nat[0][:3]]
+    reassembled = await lab.reassembled()
+    async with Balancer(lab):
+        await connect(lab, clients, CERTIFICATE_WHOLE)
+    requests_and_responses = 2 * len(clients)
+    assert await lab.reassembled() >= reassembled + requests_and_responses
+
+
+@both_persistences
+async def test_ipv6_clients_are_beside_ipv4_clients(lab: Lab, persistence: str) -> None:
+    async with Balancer(lab, persistence=persistence):
+        old, new = lab.direct[:3], lab.direct[3:]
+        await connect(lab, old, PSK)
+        tunnels = await connect(lab, new, PSK6)
+        assert {tunnels[client.name].near.peer for client in old} == {VIP}
+        assert {tunnels[client.name].near.peer for client in new} == {VIP6}
+        assert len(set(gateways_of(new, tunnels))) == len(lab.gateways)
+        await assert_traffic(old)
+
+
+async def test_clients_of_a_killed_gateway_come_back_on_the_others(lab: Lab) -> None:
+    async with Balancer(lab, persistence="ike-spi") as sapin:
+        before = await connect(lab, lab.clients)
+        await until(lambda: health_is(sapin, "healthy", lab.gateways), "all gateways are healthy")
+        lost, *others = lab.gateways
+        lost.charon.kill()
+        await until(lambda: health_is(sapin, "unhealthy", [lost]), "the checks notice")
+
+        async def everybody_is_back() -> bool:
+            return len(await lab.tunnels()) == len(lab.clients)
+
+        # A client notices after 1 s without traffic and 8 s without answers.
+        await until(everybody_is_back, "all clients have tunnels again", patience=40)
+        await assert_traffic(lab.clients)
+        after = await lab.tunnels()
+        assert set(gateways_of(lab.clients, after)) == {gateway.name for gateway in others}
+        unconcerned = [name for name, tunnel in before.items() if tunnel.gateway is not lost]
+        assert all(after[name].spis("ike") == before[name].spis("ike") for name in unconcerned)
+
+
+async def health_is(sapin: Balancer, health: str, gateways: Iterable[Gateway]) -> bool:
+    found = await sapin.health()
+    return all(found[gateway.name] == health for gateway in gateways)
+
+
+@both_persistences
+async def test_tunnels_outlive_a_crash_of_the_balancer(lab: Lab, persistence: str) -> None:
+    async with Balancer(lab, persistence=persistence) as sapin:
+        before = await connect(lab, lab.clients)
+        begun = await lab.connects_begun()
+        async with trio.open_nursery() as nursery:
+            for client in lab.clients:
+                nursery.start_soon(client.talk, 4)
+            await trio.sleep(1)
+            sapin.kill()
+            await sapin.start()
+        # The gateways speak first: their way back to the clients has to be there too.
+        assert all(await together(partial(t.gateway.ping, t.far.inner[0]) for t in before.values()))
+        await assert_traffic(lab.clients)
+        after = await lab.tunnels()
+        assert gateways_of(lab.clients, after) == gateways_of(lab.clients, before)
+        for kind in KINDS:
+            assert {name: t.spis(kind) for name, t in after.items()} == {
+                name: t.spis(kind) for name, t in before.items()
+            }
+        assert await lab.connects_begun() == begun
+
+
+async def test_draining_keeps_tunnels_and_gets_no_new_ones(lab: Lab) -> None:
+    async with Balancer(lab, persistence="ike-spi") as sapin:
+        early, late = lab.clients[::2], lab.clients[1::2]
+        before = await connect(lab, early)
+        drained = lab.gateways[0].name
+        assert drained in gateways_of(early, before)
+        await sapin.command("server", "drain", drained)
+        after = await connect(lab, late)
+        assert drained not in gateways_of(late, after)
+        await assert_traffic(early)
+        assert {name: after[name].spis("ike") for name in before} == {
+            name: tunnel.spis("ike") for name, tunnel in before.items()
+        }
+        await together(partial(client.charon.control, "--rekey", "--ike", PSK.name) for client in early)
+        rekeyed_early = await rekeyed(lab, before, "ike")
+        assert gateways_of(early, rekeyed_early) == gateways_of(early, before)
+        await assert_traffic(early)
