@@ -77,7 +77,7 @@ class Operations:
             "time": plane.clock(),
             "started": plane.started,
             "flows": len(plane.forwarder.flows),
-            "max_flows": plane.forwarder.max_flows,
+            "max_flows": plane.forwarder.flows.limit,
             "drops": dict(plane.forwarder.drops),
             "icmp_errors": dict(plane.forwarder.errors),
             "store": {**asdict(plane.store.statistics), "failed": plane.store.failed},
@@ -96,7 +96,7 @@ class Operations:
 
     def _service(self, service: VirtualService, group: Group) -> Row:
         counters = self._dataplane.counters(service.name)
-        decisions = self._dataplane.forwarder.decisions
+        decisions = self._dataplane.forwarder.admission.decisions
         return {
             "name": service.name,
             "address": str(service.address),
@@ -265,7 +265,7 @@ class Operations:
 
     def _flows_of(self, address: bytes, port: int | None, views: list[ServiceView]) -> Iterator[Flow]:
         names = {view.service.name for view in views}
-        for flow in self._dataplane.forwarder.flows.by_fd.values():
+        for flow in self._dataplane.forwarder.flows:
             if flow.listener.service.name in names:
                 at, its_port = peer_address(flow.peer)
                 if at == address and port in (None, its_port):
@@ -274,7 +274,11 @@ class Operations:
     def _flow(self, flow: Flow) -> Row:
         _, port = peer_address(flow.peer)
         service = flow.listener.service
-        pin = self._dataplane.forwarder.groups[service.name].table.describe(flow.key) if flow.key else None
+        pin = (
+            self._dataplane.forwarder.admission.groups[service.name].table.describe(flow.key)
+            if flow.key
+            else None
+        )
         return {
             "service": service.name,
             "port": port,

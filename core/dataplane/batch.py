@@ -75,6 +75,8 @@ class Batch:
         self._wanted_control = _CONTROL if control else 0
         self.views = [memoryview(self._memory)[i * _STRIDE : i * _STRIDE + _BUFFER] for i in range(SLOTS)]
         """The slots' buffers."""
+        self._cut_at: list[int] = []
+        self._cuts: list[memoryview] = []
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -124,6 +126,13 @@ class Batch:
         """The lengths of the first ``count`` datagrams, in bytes."""
         return self._lens[:count].tolist()
 
+    def datagrams(self, sizes: list[int]) -> list[memoryview]:
+        """The received datagrams. A batch that has the lengths of the one before costs nothing here."""
+        if sizes != self._cut_at:
+            self._cut_at = sizes
+            self._cuts = [view[:size] for view, size in zip(self.views, sizes, strict=False)]
+        return self._cuts
+
     def first_words(self, count: int) -> list[int]:
         """The first four bytes of each datagram as a number; what is zero may be IKE on UDP 4500."""
         return self._first_words[:count].tolist()
@@ -157,13 +166,13 @@ class Batch:
     # sending
 
     def send(self, fd: int, names: Sequence[bytes], sizes: Sequence[int]) -> int:
-        """Send the first slots to those addresses; how many the kernel took.
+        """Send the first slots to those addresses (:func:`peer_name`); how many the kernel took.
 
         A datagram that cannot be sent is left out, and those behind it are still tried; when the
         socket's buffer is full, the rest is left out.
         """
         count = len(sizes)
-        self._names[: count * _NAME] = b"".join([name.ljust(_NAME, b"\0") for name in names])
+        self._names[: count * _NAME] = b"".join(names)
         self._namelens[:count] = self._full_name[:count]
         self._controllens[:count] = self._no_control[:count]
         self._iovlens[:count] = array("Q", sizes)
@@ -201,17 +210,17 @@ def ancillary(control: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def peer_name(peer: int | bytes) -> bytes:
-    """The socket address (struct sockaddr_in or sockaddr_in6) behind what :meth:`Batch.peers` gave."""
-    if isinstance(peer, bytes):
-        return peer
-    return peer.to_bytes(8, sys.byteorder) + bytes(8)
+    """The socket address behind what :meth:`Batch.peers` gave, padded to a slot's length for :meth:`Batch.send`."""
+    name = peer if isinstance(peer, bytes) else peer.to_bytes(8, sys.byteorder)
+    return name.ljust(_NAME, b"\0")
 
 
 def peer_address(peer: int | bytes) -> tuple[bytes, int]:
     """The packed address and the port behind what :meth:`Batch.peers` gave."""
-    name = peer_name(peer)
-    port = int.from_bytes(name[2:4], "big")
-    return (name[4:8] if len(name) == 16 else name[8:24]), port
+    if isinstance(peer, bytes):
+        return peer[8:24], int.from_bytes(peer[2:4], "big")
+    name = peer.to_bytes(8, sys.byteorder)
+    return name[4:8], int.from_bytes(name[2:4], "big")
 
 
 def peer_of(address: bytes, port: int) -> int | bytes:

@@ -6,10 +6,17 @@ an answer is *unconfirmed* and goes after seconds: a flood of forged first packe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from socket import SocketType
+import errno
+import select
+import socket
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from random import Random
 from typing import TYPE_CHECKING
 
+from sapin.core.dataplane.batch import peer_address, peer_name, peer_of
+from sapin.core.dataplane.ports import PortPool
+from sapin.core.journal import FlowClosed, FlowOpened, Record
 from sapin.core.wheel import TimerWheel
 
 if TYPE_CHECKING:
@@ -18,9 +25,12 @@ if TYPE_CHECKING:
 
 UNCONFIRMED = 30
 """Seconds that an unconfirmed flow is kept (conntrack's value for unreplied UDP)."""
+_BIND_TRIES = 8
 
 Peer = int | bytes
 """A client's socket address as the kernel gave it, see :meth:`~.batch.Batch.peers`."""
+Address = tuple[str, int]
+"""An endpoint as connect(2) wants it."""
 
 
 class Counters:
@@ -38,10 +48,10 @@ class Counters:
 
 
 class Flow:
-    """A client's way to its server. ``last`` and ``opened`` in seconds of the forwarder's clock."""
+    """A client's way to its server. Times in seconds of the forwarder's clock."""
 
     __slots__ = (
-        "answered",
+        "answers",
         "bulk",
         "confirmed",
         "counters",
@@ -55,7 +65,6 @@ class Flow:
         "opened",
         "peer",
         "port",
-        "reads",
         "segment",
         "sock",
         "tick",
@@ -65,17 +74,16 @@ class Flow:
         self,
         listener: Listener,
         peer: Peer,
-        name: bytes,
         member: Member,
         key: bytes,
-        sock: SocketType,
+        sock: socket.SocketType,
         port: int,
-        endpoint: tuple[str, int],
+        endpoint: Address,
         now: int,
     ) -> None:
         self.listener = listener
         self.peer = peer
-        self.name = name
+        self.name = peer_name(peer)
         """The client as a socket address, for sending to it."""
         self.member = member
         self.key = key
@@ -87,14 +95,17 @@ class Flow:
         self.endpoint = endpoint
         """Where the server is."""
         self.counters = listener.counters[member.name]
-        self.opened = self.last = now
+        self.opened = now
+        self.last = now
+        """When the client was last heard, or the server seen to have answered; to some seconds."""
         self.tick = 0
         """The forwarder's tick at which the flow was last held against the pins."""
-        self.answered = False
+        self.answers = 0
+        """Datagrams from the server since the client was last looked at."""
         self.confirmed = False
+        """The client has spoken after an answer: it is where it says it is."""
         self.bulk = False
         """Many datagrams come from the server: they are read in batches."""
-        self.reads = 0
         self.segment = True
         """Whether its runs can be segmented by the kernel."""
 
@@ -103,43 +114,184 @@ class FlowTable:
     """All flows, by upstream descriptor; each listener has its own by the client's address.
 
     Args:
+        epoll: has the upstream sockets to be read.
+        journal: gets every flow that is opened or closed.
         descriptors: all file descriptors are below this number.
+        ports: the range of upstream ports, both ends included.
     """
 
-    def __init__(self, descriptors: int) -> None:
+    def __init__(
+        self,
+        epoll: select.epoll,
+        journal: Callable[[Record], None],
+        random: Random,
+        descriptors: int,
+        ports: tuple[int, int],
+    ) -> None:
         self.by_fd: dict[int, Flow] = {}
+        self.limit = 0
+        self.refusals: Counter[str] = Counter()
+        """Flows that could not be opened, by cause."""
+        self._epoll = epoll
+        self._journal = journal
+        self._random = random
+        self._range = ports
         self._wheel = TimerWheel(descriptors)
+        self._ports: dict[Address, PortPool] = {}
+        self._taken: dict[Address, set[int]] = {}
+        """Ports of restored flows to endpoints that have no pool yet."""
 
     def __len__(self) -> int:
         return len(self.by_fd)
 
-    def add(self, flow: Flow) -> None:
-        """Take in a new flow."""
+    def open(
+        self, listener: Listener, peer: Peer, member: Member, endpoint: Address, key: bytes, now: int
+    ) -> Flow | None:
+        """A new flow with an upstream port of its own; ``None`` if there can be none, which is counted.
+
+        Raises:
+            OSError: the server cannot be reached from here.
+        """
+        if len(self.by_fd) >= self.limit:
+            self.refusals["flow-table-full"] += 1
+            return None
+        opened = self._connect(listener, endpoint)
+        if opened is None:
+            return None
+        flow = Flow(listener, peer, member, key, *opened, endpoint, now)
+        self._add(flow)
+        self._journal(record(flow))
+        return flow
+
+    def restore(
+        self, listener: Listener, record: FlowOpened, member: Member, endpoint: Address, now: int
+    ) -> bool:
+        """Open a flow again that a former process had, with its upstream port; false if that cannot be."""
+        peer = peer_of(record.client, record.client_port)
+        try:
+            sock = _upstream(listener.family, record.upstream_port, endpoint)
+        except OSError:
+            return False
+        flow = Flow(listener, peer, member, record.key, sock, record.upstream_port, endpoint, now)
+        flow.confirmed = True
+        self._taken.setdefault(endpoint, set()).add(flow.port)
+        self._add(flow)
+        return True
+
+    def close(self, flow: Flow) -> None:
+        """Give a flow up; the client's next datagram is decided anew."""
+        listener = flow.listener
+        del self.by_fd[flow.fd]
+        if listener.flows.get(flow.peer) is flow:
+            del listener.flows[flow.peer]
+        self._wheel.discard(flow.fd)
+        flow.sock.close()
+        flow.counters.flows -= 1
+        if not flow.key:
+            flow.member.pinned -= 1
+        if flow.endpoint in self._ports:
+            self._ports[flow.endpoint].give(flow.port)
+        else:
+            self._taken[flow.endpoint].discard(flow.port)
+        address, port = peer_address(flow.peer)
+        self._journal(FlowClosed(listener.service.name, address, port, listener.local))
+
+    def close_sockets(self) -> None:
+        """Close everything without a word to the journal: the next process is to restore the flows."""
+        for flow in self.by_fd.values():
+            flow.sock.close()
+
+    def expire(self, now: int, limit: int) -> bool:
+        """Close flows that were silent for too long, looking at ``limit`` at most; whether there may be more."""
+        looked = 0
+        for fd, _ in self._wheel.due(now, limit):
+            looked += 1
+            flow = self.by_fd[fd]
+            if flow.answers:
+                flow.last, flow.answers = now, 0
+            if _due(flow) > now:
+                self._wheel.file(fd, _due(flow))
+            else:
+                self.close(flow)
+        return looked == limit
+
+    def forget(self, keys: Collection[bytes]) -> None:
+        """Close the flows of pins that somebody deleted, so that their clients are decided anew."""
+        for flow in [flow for flow in self.by_fd.values() if flow.key in keys]:
+            self.close(flow)
+
+    def close_some(self, flows: Iterable[Flow], kept: Callable[[Flow], bool]) -> None:
+        """Close those of the flows that are still open and not to be kept."""
+        for flow in flows:
+            if self.by_fd.get(flow.fd) is flow and not kept(flow):
+                self.close(flow)
+
+    def __iter__(self) -> Iterator[Flow]:
+        return iter(self.by_fd.values())
+
+    def _add(self, flow: Flow) -> None:
         self.by_fd[flow.fd] = flow
         flow.listener.flows[flow.peer] = flow
         flow.counters.flows += 1
-        self._wheel.file(flow.fd, self._due(flow))
+        if not flow.key:
+            flow.member.pinned += 1
+        self._wheel.file(flow.fd, _due(flow))
+        self._epoll.register(flow.fd, select.EPOLLIN)
 
-    def remove(self, flow: Flow) -> None:
-        """Take a flow out; closing its socket is up to the caller."""
-        del self.by_fd[flow.fd]
-        if flow.listener.flows.get(flow.peer) is flow:
-            del flow.listener.flows[flow.peer]
-        flow.counters.flows -= 1
-        self._wheel.discard(flow.fd)
+    def _connect(self, listener: Listener, endpoint: Address) -> tuple[socket.SocketType, int] | None:
+        """An upstream socket and its port; ``None`` if there is none to be had, which is counted."""
+        pool = self._ports.get(endpoint)
+        if pool is None:
+            pool = PortPool(*self._range, self._taken.pop(endpoint, ()), self._random)
+            self._ports[endpoint] = pool
+        for _ in range(_BIND_TRIES):
+            port = pool.take()
+            if port is None:
+                break
+            try:
+                return _upstream(listener.family, port, endpoint), port
+            except OSError as error:
+                pool.give(port)
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self.refusals["no-file-descriptor"] += 1
+                    return None
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        self.refusals["no-upstream-port"] += 1
+        return None
 
-    def idle(self, now: int, limit: int) -> Iterator[Flow]:
-        """Flows that have been silent for too long, looking at ``limit`` entries at most."""
-        for fd, _ in self._wheel.due(now, limit):
-            flow = self.by_fd[fd]
-            if self._due(flow) > now:
-                self._wheel.file(fd, self._due(flow))
-            else:
-                yield flow
 
-    def of(self, member: Member) -> list[Flow]:
-        """The flows that go to a server."""
-        return [flow for flow in self.by_fd.values() if flow.member is member]
+def record(flow: Flow) -> FlowOpened:
+    """What a restart needs to open the flow again."""
+    address, port = peer_address(flow.peer)
+    listener = flow.listener
+    return FlowOpened(
+        listener.service.name,
+        address,
+        port,
+        listener.local,
+        flow.member.name,
+        b"",
+        flow.port,
+        flow.key,
+        flow.opened,
+    )
 
-    def _due(self, flow: Flow) -> int:
-        return flow.last + (flow.listener.flow_timeout if flow.confirmed else UNCONFIRMED)
+
+def _due(flow: Flow) -> int:
+    return flow.last + (flow.listener.flow_timeout if flow.confirmed else UNCONFIRMED)
+
+
+def _upstream(family: socket.AddressFamily, port: int, endpoint: Address) -> socket.SocketType:
+    """A connected socket on that local port; it may share the port with sockets that go elsewhere."""
+    sock = socket.SocketType(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(("", port))
+        sock.connect(endpoint)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -147,7 +147,7 @@ class _Recovery:
         return restored, Position(checkpoint, number, size, whole=not self._damaged)
 
     def _read_checkpoint(self) -> int:
-        """The newest whole one; if none is whole, what can be read of the newest."""
+        """The newest whole one. Else nothing, with which journal-1 began; else what is good of the newest."""
         salvaged: tuple[int, State] | None = None
         for number, path in reversed(files(self._directory, "checkpoint").items()):
             state = State()
@@ -157,7 +157,9 @@ class _Recovery:
                 return number
             self._damage(path, read.end, read.damage.reason if read.damage else "it has no end", size)
             salvaged = salvaged or (number, state)
-        number, self._state = salvaged or (0, self._state)
+        if salvaged is None or (self._directory / "journal-1").exists():
+            return 0
+        number, self._state = salvaged
         return number
 
     def _read_journals(self, checkpoint: int, journals: dict[int, Path]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import trio
 
 from sapin.core.affinity import Cause, Change, Pin, Put, Removed
 from sapin.core.contracts import Key
-from sapin.core.dataplane.flows import Counters
+from sapin.core.dataplane.flows import Counters, record
 from sapin.core.dataplane.limits import flows_that_fit
 from sapin.core.dataplane.listeners import Listener, ListenError, addresses
 from sapin.core.dataplane.overrides import load_overrides, save_overrides
@@ -170,7 +170,7 @@ class Dataplane:
     def delete_pins(self, pins: Iterable[tuple[Group, Key]]) -> int:
         """Delete the pins that have these keys, and their flows; how many there were."""
         deleted = sum(group.table.remove(key) for group, key in pins)
-        self.forwarder.forget(self._deleted)
+        self.forwarder.flows.forget(self._deleted)
         self._deleted.clear()
         self.store.flush()
         return deleted
@@ -222,23 +222,22 @@ class Dataplane:
                 now,
             )
         listeners = {(each.service.name, each.local): each for each in self.forwarder.listeners}
-        lost = sum(not self._restore_flow(record, listeners) for record in restored.flows)
+        lost = sum(not self._restore_flow(flow, listeners) for flow in restored.flows)
         if lost:
             log.warning("flows could not be restored; their clients will be decided anew", flows=lost)
         self.store.flush()
 
-    def _restore_flow(self, record: FlowOpened, listeners: dict[tuple[str, bytes], Listener]) -> bool:
-        view = self.snapshot.services.get(record.service)
-        member = view.group.members.get(record.server) if view else None
+    def _restore_flow(self, old: FlowOpened, listeners: dict[tuple[str, bytes], Listener]) -> bool:
+        view = self.snapshot.services.get(old.service)
+        member = view.group.members.get(old.server) if view else None
         if view is not None and member is not None and member.keeps:
-            listener = listeners.get((record.service, record.local)) or self._local(
-                view.service, record.local
-            )
+            listener = listeners.get((old.service, old.local)) or self._local(view.service, old.local)
             if listener is not None:
-                listeners[record.service, record.local] = listener
-                if self.forwarder.restore(listener, record, member):
+                listeners[old.service, old.local] = listener
+                route = self.forwarder.admission.route(old.service, old.server)
+                if self.forwarder.flows.restore(listener, old, member, route, int(self.clock())):
                     return True
-        self.store.append(FlowClosed(record.service, record.client, record.client_port, record.local))
+        self.store.append(FlowClosed(old.service, old.client, old.client_port, old.local))
         return False
 
     def _local(self, service: VirtualService, local: bytes) -> Listener | None:
@@ -294,9 +293,10 @@ class Dataplane:
         while True:
             await self._stale.wait()
             self._stale = trio.Event()
-            flows = self.forwarder.stale()
-            for at in range(0, len(flows), STEP):
-                self.forwarder.drop_stale(flows[at : at + STEP])
+            flows, belongs = self.forwarder.flows, self.forwarder.admission.belongs
+            stale = [flow for flow in flows if not belongs(flow)]
+            for at in range(0, len(stale), STEP):
+                flows.close_some(stale[at : at + STEP], belongs)
                 self.store.flush()
                 await trio.lowlevel.checkpoint()
 
@@ -343,7 +343,7 @@ class Dataplane:
             gc.freeze()
 
     async def _expire(self, now: int) -> None:
-        while self.forwarder.expire(STEP):
+        while self.forwarder.flows.expire(now, STEP):
             await trio.lowlevel.checkpoint()
         for group in self.snapshot.groups.values():
             while group.table.expire(now, STEP):
@@ -359,10 +359,9 @@ class Dataplane:
                 page = group.table.pins(start, STEP)
                 yield [Put(group.name, p.keys, p.server, p.since) for p in page.pins]
                 start = page.next
-        flows = list(self.forwarder.flows.by_fd.values())
+        flows, by_fd = list(self.forwarder.flows), self.forwarder.flows.by_fd
         for at in range(0, len(flows), STEP):
-            by_fd = self.forwarder.flows.by_fd
-            yield [self.forwarder.record(f) for f in flows[at : at + STEP] if by_fd.get(f.fd) is f]
+            yield [record(flow) for flow in flows[at : at + STEP] if by_fd.get(flow.fd) is flow]
 
     def _report(self) -> None:
         """What went wrong since the last report, if anything did."""

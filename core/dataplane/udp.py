@@ -2,9 +2,7 @@
 
 One task waits on one epoll descriptor that has every socket, listening and upstream. When it is readable the
 forwarder works in *rounds*, each bounded, and returns to trio after :data:`HOLD` seconds at most. Per
-datagram there is one dict lookup; what a datagram needs besides (a decision, a new socket, a look at an IKE
-message, holding a flow against its pin once per tick) is the slow path, :meth:`Forwarder._admit`.
-
+datagram there is one dict lookup; what a datagram needs besides is in :mod:`~sapin.core.dataplane.admission`.
 Datagrams of one flow that are in a batch together leave together (:mod:`~sapin.core.dataplane.segments`).
 """
 
@@ -14,37 +12,34 @@ import errno
 import select
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_address
 from random import Random
 
 import trio
 
-from sapin.core import balancer, ike
-from sapin.core.contracts import Client, Datagram
-from sapin.core.dataplane.batch import SLOTS, SOL_UDP, UDP_GRO, Batch, peer_address, peer_name, peer_of
-from sapin.core.dataplane.flows import Flow, FlowTable, Peer
+from sapin.core.dataplane.admission import Admission
+from sapin.core.dataplane.batch import SLOTS, SOL_UDP, UDP_GRO, Batch, peer_address
+from sapin.core.dataplane.flows import Address, Flow, FlowTable
 from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address
-from sapin.core.dataplane.ports import PortPool
 from sapin.core.dataplane.segments import Run, pieces, runs, send_run
-from sapin.core.journal import FlowClosed, FlowOpened, Record
-from sapin.core.model import Framing, VirtualService
-from sapin.core.snapshot import Group, Member, Snapshot
+from sapin.core.journal import Record
+from sapin.core.model import Framing
+from sapin.core.snapshot import Snapshot
 
 HOLD = 0.001
 """Seconds that the forwarder may keep the loop while there is traffic."""
 EVENTS = 128
 """Sockets that one round looks at."""
 BULK = 256
-"""Datagrams from a server between two of its client's: from then on the flow is read in batches."""
-_BIND_TRIES = 8
+"""Datagrams from a server between two looks at its client: from then on the flow is read in batches."""
 
 _IPV4, _IPV6 = socket.AF_INET, socket.AF_INET6
 _ALL_IKE, _NO_IKE = [0] * SLOTS, [1] * SLOTS
 
 
 class Forwarder:
-    """Sockets, flows, and the way of a datagram. Written and read by one task at a time.
+    """Sockets, and the way of a datagram. Only one task at a time may use it.
 
     Args:
         journal: gets every flow that is opened or closed.
@@ -66,142 +61,53 @@ class Forwarder:
         ports: tuple[int, int],
         clock: Callable[[], float],
     ) -> None:
-        self._journal = journal
         self._flush = flush
         self._suspect = suspect
-        self._random = random
-        self._range = ports
         self._clock = clock
         self._epoll = select.epoll()
         self._inbox = {_IPV4: Batch(_IPV4), _IPV6: Batch(_IPV6)}
         self._outbox = {_IPV4: Batch(_IPV4, control=False), _IPV6: Batch(_IPV6, control=False)}
-        self._ports: dict[tuple[str, int], PortPool] = {}
-        self._taken: dict[tuple[str, int], set[int]] = {}
-        """Ports of restored flows to endpoints that have no pool yet."""
-        self._routes: dict[str, dict[str, tuple[str, int]]] = {}
-        """Where each server serves each service, as connect(2) wants it."""
-        self._by_fd: dict[int, Listener] = {}
-        self._tick = 1
-        self._now = int(clock())
-        self.max_flows = 0
-        self.groups: dict[str, Group] = {}
-        """The affinity group of each service."""
-        self.flows = FlowTable(descriptors)
-        self.drops: Counter[str] = Counter()
-        """Datagrams that were not forwarded, by cause."""
+        self._listeners: dict[int, Listener] = {}
+        self.flows = FlowTable(self._epoll, journal, random, descriptors, ports)
+        self.admission = Admission(self.flows, suspect, random, int(clock()))
+        self._drops: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         """ICMP errors from servers, by name."""
-        self.decisions: Counter[tuple[str, balancer.Reason]] = Counter()
-        """Decisions by service and reason."""
-
-    # what others do with it
 
     @property
     def listeners(self) -> Sequence[Listener]:
         """All listening sockets."""
-        return list(self._by_fd.values())
+        return list(self._listeners.values())
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Datagrams that were not forwarded, by cause."""
+        return self._drops + self.admission.drops + self.flows.refusals
 
     def add_listener(self, listener: Listener) -> None:
         """Start to serve a listening socket."""
-        self._by_fd[listener.fd] = listener
+        self._listeners[listener.fd] = listener
         self._epoll.register(listener.fd, select.EPOLLIN)
 
     def remove_listener(self, listener: Listener) -> None:
         """Stop serving a listening socket, close it and its flows."""
         for flow in list(listener.flows.values()):
-            self.close_flow(flow)
-        del self._by_fd[listener.fd]
-        self._epoll.unregister(listener.fd)
+            self.flows.close(flow)
+        del self._listeners[listener.fd]
         listener.close()
 
     def apply(self, snapshot: Snapshot) -> None:
-        """Take over a new snapshot; each flow is held against it at its next datagram."""
-        self.max_flows = snapshot.config.node.max_flows
-        self.groups = {name: view.group for name, view in snapshot.services.items()}
-        self._routes = {
-            name: {server: (str(at.address), at.port) for server, at in view.endpoints.items()}
-            for name, view in snapshot.services.items()
-        }
-        self._tick += 1
+        """Take over a new snapshot."""
+        self.flows.limit = snapshot.config.node.max_flows
+        self.admission.apply(snapshot)
 
     def tick(self) -> None:
-        """A second has passed: each flow touches its pin at its next datagram."""
-        self._now = int(self._clock())
-        self._tick += 1
-
-    def expire(self, limit: int) -> int:
-        """Close flows that were idle for too long, looking at ``limit`` at most; how many were closed."""
-        closed = 0
-        for flow in self.flows.idle(self._now, limit):
-            self.close_flow(flow)
-            closed += 1
-        return closed
-
-    def close_flow(self, flow: Flow) -> None:
-        """Give a flow up; the client's next datagram is decided anew."""
-        listener = flow.listener
-        self.flows.remove(flow)
-        flow.sock.close()
-        if not flow.key:
-            flow.member.pinned -= 1
-        if flow.endpoint in self._ports:
-            self._ports[flow.endpoint].give(flow.port)
-        else:
-            self._taken[flow.endpoint].discard(flow.port)
-        address, port = peer_address(flow.peer)
-        self._journal(FlowClosed(listener.service.name, address, port, listener.local))
-
-    def forget(self, keys: Collection[bytes]) -> None:
-        """Close the flows of pins that somebody deleted, so that their clients are decided anew."""
-        for flow in [flow for flow in self.flows.by_fd.values() if flow.key in keys]:
-            self.close_flow(flow)
-
-    def stale(self) -> list[Flow]:
-        """Flows whose server does not keep its clients any more, or is gone."""
-        groups = self.groups
-        return [
-            flow
-            for flow in self.flows.by_fd.values()
-            if not self._belongs(flow.member, groups[flow.listener.service.name])
-        ]
-
-    def drop_stale(self, flows: Iterable[Flow]) -> None:
-        """Close those of the flows that are still open and still stale."""
-        for flow in flows:
-            group = self.groups.get(flow.listener.service.name)
-            if self.flows.by_fd.get(flow.fd) is flow and (
-                group is None or not self._belongs(flow.member, group)
-            ):
-                self.close_flow(flow)
-
-    def restore(self, listener: Listener, record: FlowOpened, member: Member) -> bool:
-        """Open a flow again that a former process had, with its upstream port; false if that cannot be."""
-        peer = peer_of(record.client, record.client_port)
-        endpoint = self._routes[listener.service.name][member.name]
-        try:
-            sock = _upstream(listener.family, record.upstream_port, endpoint)
-        except OSError:
-            return False
-        flow = Flow(
-            listener,
-            peer,
-            peer_name(peer),
-            member,
-            record.key,
-            sock,
-            record.upstream_port,
-            endpoint,
-            self._now,
-        )
-        flow.confirmed = flow.answered = True
-        self._taken.setdefault(endpoint, set()).add(flow.port)
-        self._register(flow)
-        return True
+        """A second has passed."""
+        self.admission.advance(int(self._clock()))
 
     def close(self) -> None:
         """Close every socket, without a word to the journal: the flows are to be restored."""
-        for flow in self.flows.by_fd.values():
-            flow.sock.close()
+        self.flows.close_sockets()
         for listener in self.listeners:
             listener.close()
         self._epoll.close()
@@ -215,19 +121,30 @@ class Forwarder:
                 pass
 
     def _round(self) -> int:
-        """Look at the sockets that are readable; how many there were."""
+        """Look at the sockets that are readable, servers first; how many there were."""
         events = self._epoll.poll(0, EVENTS)
-        upstream = []
+        by_fd = self.flows.by_fd
+        listener: Listener | None = None
+        listeners: list[Listener] = []
+        ready: dict[Listener, list[Flow]] = {}
+        flows: list[Flow] = []
         for fd, _ in events:
-            listener = self._by_fd.get(fd)
-            if listener is None:
-                upstream.append(fd)
-            elif listener.wildcard:
+            flow = by_fd.get(fd)
+            if flow is None:
+                listeners.append(self._listeners[fd])
+                continue
+            if flow.listener is not listener:
+                listener = flow.listener
+                flows = ready.setdefault(listener, [])
+            flows.append(flow)
+        for listener, flows in ready.items():
+            for at in range(0, len(flows), SLOTS):
+                self._from_servers(listener, flows[at : at + SLOTS])
+        for listener in listeners:
+            if listener.wildcard:
                 self._from_strangers(listener)
             else:
                 self._from_clients(listener)
-        if upstream:
-            self._from_servers(upstream)
         return len(events)
 
     # from clients to servers
@@ -237,17 +154,47 @@ class Forwarder:
         try:
             count = batch.receive(listener.fd)
         except OSError:
-            self.drops["receive-error"] += 1
+            self._drops["receive-error"] += 1
             return
-        peers, sizes = batch.peers(count), batch.sizes(count)
+        sizes = batch.sizes(count)
+        peers = batch.peers(count)
         segments = batch.segments(count)
-        heads = self._heads(listener, batch, count)
-        tick, flows = self._tick, listener.flows
+        heads = _heads(listener, batch, count)
+        admit, tick, flows = self.admission.admit, self.admission.tick, listener.flows
+        if segments is not None or len(set(peers)) < count:
+            self._in_runs(listener, batch, peers, sizes, segments, heads)
+            return
+        for peer, data, size, head in zip(peers, batch.datagrams(sizes), sizes, heads, strict=False):
+            flow = flows.get(peer)
+            if flow is None or flow.tick != tick or not head:
+                flow = admit(listener, peer, flow, data)
+                if flow is None:
+                    continue
+            counters = flow.counters
+            counters.packets_in += 1
+            counters.bytes_in += size
+            try:
+                flow.sock.send(data)
+            except OSError as error:
+                self._unsent(flow, error, data)
+        self._flush()
+
+    def _in_runs(
+        self,
+        listener: Listener,
+        batch: Batch,
+        peers: Sequence[int | bytes],
+        sizes: Sequence[int],
+        segments: Sequence[int] | None,
+        heads: Sequence[int],
+    ) -> None:
+        """A batch in which a flow has several datagrams: those of a flow leave together."""
+        admit, tick, flows, views = self.admission.admit, self.admission.tick, listener.flows, batch.views
         waiting: dict[Flow, list[int]] = {}
         for slot, peer in enumerate(peers):
             flow = flows.get(peer)
             if flow is None or flow.tick != tick or not heads[slot]:
-                flow = self._admit(listener, peer, flow, batch.views[slot][: sizes[slot]])
+                flow = admit(listener, peer, flow, views[slot][: sizes[slot]])
                 if flow is None:
                     continue
             slots = waiting.get(flow)
@@ -255,28 +202,12 @@ class Forwarder:
                 waiting[flow] = [slot]
             else:
                 slots.append(slot)
-        self._flush()
-        views = batch.views
         for flow, slots in waiting.items():
             counters = flow.counters
             counters.packets_in += len(slots)
-            if len(slots) == 1 and segments is None:
-                size = sizes[slots[0]]
-                counters.bytes_in += size
-                try:
-                    flow.sock.send(views[slots[0]][:size])
-                except OSError as error:
-                    self._unsent(flow, error, views[slots[0]][:size])
-            else:
-                counters.bytes_in += sum([sizes[slot] for slot in slots])
-                self._send_runs(flow, None, flow.sock, runs(slots, sizes, segments), views, sizes)
-
-    def _heads(self, listener: Listener, batch: Batch, count: int) -> Sequence[int]:
-        """For each datagram a number that is zero if it may be an IKE message."""
-        framing = listener.service.framing
-        if framing is Framing.NATT:
-            return batch.first_words(count)
-        return _ALL_IKE if framing is Framing.IKE else _NO_IKE
+            counters.bytes_in += sum([sizes[slot] for slot in slots])
+            self._send_runs(flow, None, runs(slots, sizes, segments), views, sizes)
+        self._flush()
 
     def _from_strangers(self, wildcard: Listener) -> None:
         """Datagrams to local addresses of a wildcard service that have no socket of their own yet."""
@@ -284,22 +215,22 @@ class Forwarder:
         try:
             count = batch.receive(wildcard.fd)
         except OSError:
-            self.drops["receive-error"] += 1
+            self._drops["receive-error"] += 1
             return
         peers, sizes, segments = batch.peers(count), batch.sizes(count), batch.segments(count)
         for slot, control in enumerate(batch.controls(count)):
             listener = self._local(wildcard, control)
             if listener is None:
-                self.drops["no-local-address"] += 1
+                self._drops["no-local-address"] += 1
                 continue
             peer = peers[slot]
             view = batch.views[slot][: sizes[slot]]
-            flow = self._admit(listener, peer, listener.flows.get(peer), view)
+            flow = self.admission.admit(listener, peer, listener.flows.get(peer), view)
             if flow is not None:
-                self._flush()
                 flow.counters.packets_in += 1
                 flow.counters.bytes_in += sizes[slot]
-                self._send_runs(flow, None, flow.sock, runs([slot], sizes, segments), batch.views, sizes)
+                self._send_runs(flow, None, runs([slot], sizes, segments), batch.views, sizes)
+        self._flush()
 
     def _local(self, wildcard: Listener, control: bytes) -> Listener | None:
         """The listener for the local address in the control data, opened if need be."""
@@ -307,8 +238,8 @@ class Forwarder:
         if address is None:
             return None
         service = wildcard.service
-        own = [x for x in self._by_fd.values() if x.service.name == service.name]
-        found = next((x for x in own if x.address == address), None)
+        own = [each for each in self._listeners.values() if each.service.name == service.name]
+        found = next((each for each in own if each.address == address), None)
         if found is not None:
             return found
         if len(own) >= MAX_LOCALS:
@@ -320,173 +251,18 @@ class Forwarder:
         self.add_listener(listener)
         return listener
 
-    # the slow path
-
-    def _admit(self, listener: Listener, peer: Peer, flow: Flow | None, data: memoryview) -> Flow | None:
-        """The flow for a datagram: of a new client, of one that sends IKE, or the first in a tick.
-
-        Returns:
-            The flow it belongs to, perhaps a new one to another server; ``None`` if it is to be dropped.
-        """
-        group = self.groups[listener.service.name]
-        if flow is not None:
-            flow.confirmed = flow.answered
-            flow.reads = 0
-            flow.last = self._now
-        kind, at = ike.classify(data, listener.service.framing)
-        if flow is not None and kind is not ike.Kind.IKE and self._holds(flow, group):
-            return flow
-        address, port = peer_address(peer)
-        spi_i, spi_r = (
-            (bytes(data[at : at + 8]), bytes(data[at + 8 : at + 16])) if kind is ike.Kind.IKE else (b"", b"")
-        )
-        datagram = Datagram(Client(address, port), listener.service.port, kind, spi_i, spi_r)
-        if flow is not None:
-            if self._stays(flow, group, datagram):
-                return flow
-            self.close_flow(flow)
-        decision = balancer.decide(group, datagram, self._random, self._now)
-        self.decisions[listener.service.name, decision.reason] += 1
-        if decision.member is None:
-            self.drops[decision.reason] += 1
-            return None
-        if decision.keys:
-            group.table.put(decision.keys, decision.member, self._now)
-        return self._open(listener, peer, decision)
-
-    def _holds(self, flow: Flow, group: Group) -> bool:
-        """Touch the flow's pin; whether it still says where the flow goes. At most once per tick and flow."""
-        if not self._belongs(flow.member, group):
-            return False
-        if flow.key and group.table.touch(flow.key, self._now) is not flow.member:
-            return False
-        flow.tick = self._tick
-        return True
-
-    def _stays(self, flow: Flow, group: Group, datagram: Datagram) -> bool:
-        """Whether the flow is right for the client of the datagram; what is new of its keys is pinned.
-
-        A client that comes back with a new SPI on its old tuple stays on its server; a known
-        SPI on the tuple of another client takes the tuple over, since the SPI is the client. A pin that was
-        evicted or has expired is made again: the living flow knows best where its client was.
-        """
-        if not self._belongs(flow.member, group):
-            return False
-        keys = balancer.keys_of(group, datagram, self._now)
-        if not keys:
-            return self._holds(flow, group)
-        found = group.table.find(keys)
-        if found is not None and found.member is not flow.member:
-            return False
-        group.table.put(keys, flow.member, self._now)
-        if not flow.key:
-            flow.member.pinned -= 1
-        flow.key = keys[0] if found is None else found.key
-        flow.tick = self._tick
-        return True
-
-    @staticmethod
-    def _belongs(member: Member, group: Group) -> bool:
-        return member.keeps and group.members.get(member.name) is member
-
-    def _open(self, listener: Listener, peer: Peer, decision: balancer.Decision) -> Flow | None:
-        """A new flow to the decided server, with an upstream port of its own."""
-        member = decision.member
-        assert member is not None
-        if len(self.flows) >= self.max_flows:
-            self.drops["flow-table-full"] += 1
-            return None
-        endpoint = self._routes[listener.service.name][member.name]
-        opened = self._connect(listener, member, endpoint)
-        if opened is None:
-            return None
-        sock, port = opened
-        key = decision.matched or (decision.keys[0] if decision.keys else b"")
-        flow = Flow(listener, peer, peer_name(peer), member, key, sock, port, endpoint, self._now)
-        flow.tick = self._tick
-        self._register(flow)
-        self._journal(self.record(flow))
-        return flow
-
-    def _connect(
-        self, listener: Listener, member: Member, endpoint: tuple[str, int]
-    ) -> tuple[socket.SocketType, int] | None:
-        """An upstream socket and its port; ``None`` if there is none to be had, which is counted."""
-        pool = self._ports.get(endpoint)
-        if pool is None:
-            pool = PortPool(*self._range, self._taken.pop(endpoint, ()), self._random)
-            self._ports[endpoint] = pool
-        for _ in range(_BIND_TRIES):
-            port = pool.take()
-            if port is None:
-                break
-            try:
-                return _upstream(listener.family, port, endpoint), port
-            except OSError as error:
-                pool.give(port)
-                if error.errno != errno.EADDRINUSE:
-                    self._not_opened(error, listener.service, member)
-                    return None
-        self.drops["no-upstream-port"] += 1
-        return None
-
-    def record(self, flow: Flow) -> FlowOpened:
-        """What a restart needs to open the flow again."""
-        address, port = peer_address(flow.peer)
-        listener = flow.listener
-        return FlowOpened(
-            listener.service.name,
-            address,
-            port,
-            listener.local,
-            flow.member.name,
-            b"",
-            flow.port,
-            flow.key,
-            flow.opened,
-        )
-
-    def _register(self, flow: Flow) -> None:
-        if not flow.key:
-            flow.member.pinned += 1
-        self.flows.add(flow)
-        self._epoll.register(flow.fd, select.EPOLLIN)
-
-    def _not_opened(self, error: OSError, service: VirtualService, member: Member) -> None:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            self.drops["no-file-descriptor"] += 1
-        else:
-            self.drops["server-unreachable"] += 1
-            self._suspect(service.group, member.name)
-
     # from servers to clients
 
-    def _from_servers(self, descriptors: Iterable[int]) -> None:
-        ready: dict[Listener, list[Flow]] = {}
-        by_fd = self.flows.by_fd
-        for fd in descriptors:
-            flow = by_fd.get(fd)
-            if flow is None:
-                continue  # closed in this very round
-            if flow.bulk:
-                self._relay_bulk(flow)
-                continue
-            flows = ready.get(flow.listener)
-            if flows is None:
-                ready[flow.listener] = [flow]
-            else:
-                flows.append(flow)
-        for listener, flows in ready.items():
-            for at in range(0, len(flows), SLOTS):
-                self._relay(listener, flows[at : at + SLOTS])
-
-    def _relay(self, listener: Listener, flows: Sequence[Flow]) -> None:
-        """One datagram of each flow, all sent in one call."""
+    def _from_servers(self, listener: Listener, flows: Sequence[Flow]) -> None:
+        """One datagram of each flow, all sent in one call; of bulk flows as many as there are."""
         batch = self._outbox[listener.family]
-        views, now = batch.views, self._now
+        views = batch.views
         names: list[bytes] = []
         sizes: list[int] = []
         for flow in flows:
+            if flow.bulk:
+                self._relay_bulk(flow)
+                continue
             try:
                 size = flow.sock.recv_into(views[len(sizes)])
             except BlockingIOError:
@@ -496,17 +272,16 @@ class Forwarder:
                 continue
             names.append(flow.name)
             sizes.append(size)
-            flow.last = now
-            flow.answered = True
-            flow.counters.packets_out += 1
-            flow.counters.bytes_out += size
-            flow.reads += 1
-            if flow.reads > BULK:
+            counters = flow.counters
+            counters.packets_out += 1
+            counters.bytes_out += size
+            flow.answers += 1
+            if flow.answers > BULK:
                 self._make_bulk(flow)
         if sizes:
             lost = len(sizes) - batch.send(listener.fd, names, sizes)
             if lost:
-                self.drops["not-sent-to-client"] += lost
+                self._drops["not-sent-to-client"] += lost
 
     def _make_bulk(self, flow: Flow) -> None:
         """Read the flow in batches from now on. Never undone: a merged datagram may be in its queue."""
@@ -521,27 +296,25 @@ class Forwarder:
             self._upstream_error(flow, error)
             return
         sizes, segments = batch.sizes(count), batch.segments(count)
-        flow.last = self._now
+        flow.answers += count
         flow.counters.packets_out += count
         flow.counters.bytes_out += sum(sizes)
         address, port = peer_address(flow.peer)
         client = (str(ip_address(address)), port)
-        self._send_runs(
-            flow, client, flow.listener.sock, runs(range(count), sizes, segments), batch.views, sizes
-        )
+        self._send_runs(flow, client, runs(range(count), sizes, segments), batch.views, sizes)
 
     # both ways
 
     def _send_runs(
         self,
         flow: Flow,
-        client: tuple[str, int] | None,
-        sock: socket.SocketType,
+        client: Address | None,
         all_runs: Iterable[Run],
         views: Sequence[memoryview],
         sizes: Sequence[int],
     ) -> None:
         """Send runs to the server, or through the listener's socket to the client."""
+        sock = flow.sock if client is None else flow.listener.sock
         for run in all_runs:
             try:
                 if (flow.segment or not run.segment) and send_run(sock, client, run, views, sizes):
@@ -557,16 +330,16 @@ class Forwarder:
                     self._unsent(flow, error)
 
     def _unsent(self, flow: Flow, error: OSError, again: memoryview | None = None) -> None:
-        """A datagram could not be sent. A refusal of an *earlier* one is reported here, and costs this one too."""
+        """A datagram could not be sent. A refusal of an *earlier* one is reported here: try once more."""
         if error.errno == errno.ECONNREFUSED:
-            self._suspect(flow.listener.service.group, flow.member.name)
+            self._upstream_error(flow, error)
             if again is not None:
                 try:
                     flow.sock.send(again)
                     return
-                except OSError:
-                    pass
-        self.drops[errno.errorcode.get(error.errno or 0, "unknown")] += 1
+                except OSError as second:
+                    error = second
+        self._drops[errno.errorcode.get(error.errno or 0, "unknown")] += 1
 
     def _upstream_error(self, flow: Flow, error: OSError) -> None:
         """An ICMP error came back from the server's side: nothing is lost here, but its check should look."""
@@ -574,16 +347,9 @@ class Forwarder:
         self._suspect(flow.listener.service.group, flow.member.name)
 
 
-def _upstream(family: socket.AddressFamily, port: int, endpoint: tuple[str, int]) -> socket.SocketType:
-    """A connected socket on that local port; it may share the port with sockets that go elsewhere."""
-    sock = socket.SocketType(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == _IPV6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(("", port))
-        sock.connect(endpoint)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+def _heads(listener: Listener, batch: Batch, count: int) -> Sequence[int]:
+    """For each datagram a number that is zero if it may be an IKE message."""
+    framing = listener.service.framing
+    if framing is Framing.NATT:
+        return batch.first_words(count)
+    return _ALL_IKE if framing is Framing.IKE else _NO_IKE
