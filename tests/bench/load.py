@@ -6,6 +6,7 @@ keeps up. Only round trips need somebody who sleeps until a datagram comes; that
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import signal
@@ -32,6 +33,8 @@ from traffic import (
 BATCH = 64
 UDP_GRO = 104
 SUPER = 65_536
+NUMBERS = 50_000_000
+"""Sequence numbers of a stream: each begins above all that came before, so that stragglers are known as such."""
 ESTABLISH_TIMEOUT = 5.0
 ANY = "0.0.0.0"
 
@@ -60,9 +63,15 @@ class Stream:
     """ESP packets of a mix without end, numbered per flow."""
 
     def __init__(
-        self, sender: Sender, spis: Sequence[int], ways: Sequence[tuple[Endpoint, Endpoint]], size: int
-    ):
-        """A packet of ``spis[i]`` goes from ``ways[i][0]`` to ``ways[i][1]``."""
+        self,
+        sender: Sender,
+        spis: Sequence[int],
+        ways: Sequence[tuple[Endpoint, Endpoint]],
+        size: int,
+        first: int,
+    ) -> None:
+        """A packet of ``spis[i]`` goes from ``ways[i][0]`` to ``ways[i][1]``; each flow counts from ``first``."""
+        self.first = first
         self._sender = sender
         body = Random(0)
         self._batch: Outgoing = sender.prepare(
@@ -73,8 +82,8 @@ class Stream:
         seen: Counter[int] = Counter()
         self._numbers: list[int] = []
         for spi in spis:
+            self._numbers.append(first + seen[spi])
             seen[spi] += 1
-            self._numbers.append(seen[spi])
         self._at = 0
         self._number()
 
@@ -90,6 +99,26 @@ class Stream:
 
     def _number(self) -> None:
         self._batch.number(self._sender.payload_offset + SEQUENCE_OFFSET, self._numbers)
+
+
+class Pace:
+    """A steady rate. Whoever could not keep it for a moment goes on with it, and does not catch up in a burst."""
+
+    def __init__(self, rate: float, now: float) -> None:
+        self._interval = 1 / rate
+        self._next = now
+
+    def due(self, now: float) -> int:
+        """How many to send now."""
+        late = now - self._next
+        if late > 2 * BATCH * self._interval:
+            self._next = now
+            late = 0.0
+        return min(BATCH, int(late / self._interval) + 1) if late >= 0 else 0
+
+    def sent(self, count: int) -> None:
+        """So many were sent."""
+        self._next += count * self._interval
 
 
 class Load:
@@ -109,6 +138,7 @@ class Load:
         self.from_natt = lab.sender("clients", self.client_natt)
         self._from_servers = [lab.sender("servers", sink) for sink in self.sinks_natt]
         self._peers: dict[int, tuple[int, Endpoint]] = {}
+        self._numbers = itertools.count(NUMBERS, NUMBERS)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -187,7 +217,8 @@ class Load:
     def upward(self, mix: Mix) -> list[Stream]:
         """ESP from clients to servers."""
         spis = mix.cycle()
-        return [Stream(self.from_natt, spis, [self.natt_way(spi) for spi in spis], mix.size)]
+        ways = [self.natt_way(spi) for spi in spis]
+        return [Stream(self.from_natt, spis, ways, mix.size, next(self._numbers))]
 
     def downward(self, mix: Mix) -> list[Stream]:
         """ESP from servers to the flows that :meth:`establish` set up, one stream from each server."""
@@ -197,7 +228,7 @@ class Load:
             spis = [spi for spi in mix.cycle() if self._peers[spi][0] == number]
             if spis:
                 ways = [(source, self._peers[spi][1]) for spi in spis]
-                streams.append(Stream(sender, spis, ways, mix.size))
+                streams.append(Stream(sender, spis, ways, mix.size, next(self._numbers)))
         return streams
 
     def super_packets(self, flows: int, segments: int, size: int) -> Outgoing:

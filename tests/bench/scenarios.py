@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from forwarders import Running
-from load import BATCH, Load, Mix, Stream
+from load import BATCH, Load, Mix, Pace, Stream
 from traffic import SEQUENCE_OFFSET, SPI_OFFSET, esp
 
 Figures = Mapping[str, float]
@@ -62,7 +62,8 @@ def metrics() -> Sequence[Metric]:
         ]
     return [
         *found,
-        Metric("paced_loss", "paced: lost", "packets", True),
+        Metric("paced_rate", "paced: sent", "k/s", False),
+        Metric("paced_loss", "  lost", "packets", True),
         Metric("paced_disorder", "  out of order", "packets", True),
         Metric("paced_cpu", "  CPU per packet", "µs", True),
         Metric("trip_p50", "round trip p50", "µs", True),
@@ -177,17 +178,23 @@ def paced(load: Load, running: Running, effort: Effort) -> Figures:
     """Offer a steady rate that must pass without loss; the sequence numbers of ESP show loss and disorder."""
     load.establish(INTERLEAVED.flows)
     (stream,) = load.upward(INTERLEAVED)
-    tally = Tally()
-    began, before, sent = time.monotonic(), running.usage(), 0
-    while (elapsed := time.monotonic() - began) < effort.seconds:
-        if (due := int(elapsed * PACED_RATE) - sent) > 0:
-            sent += stream.push(min(due, BATCH))
+    tally = Tally(stream.first)
+    before, sent = running.usage(), 0
+    began = now = time.monotonic()
+    pace = Pace(PACED_RATE, now)
+    while now < began + effort.seconds:
+        if due := pace.due(now):
+            pushed = stream.push(due)
+            pace.sent(pushed)
+            sent += pushed
         tally.read(load)
+        now = time.monotonic()
     used = running.usage() - before
     quiet = time.monotonic() + STALL
     while time.monotonic() < quiet:
         tally.read(load)
     return {
+        "paced_rate": sent / (now - began) / 1e3,
         "paced_loss": float(sent - tally.received),
         "paced_disorder": float(tally.disorder),
         "paced_cpu": used.cpu * 1e6 / max(1, tally.received),
@@ -195,10 +202,11 @@ def paced(load: Load, running: Running, effort: Effort) -> Figures:
 
 
 class Tally:
-    """Follows the sequence numbers of each flow."""
+    """Follows the sequence numbers of each flow from ``first`` on; lower ones are of an earlier stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
         self.received = self.disorder = 0
+        self._first = first
         self._last: dict[int, int] = {}
 
     def read(self, load: Load) -> None:
@@ -206,9 +214,11 @@ class Tally:
         incoming = load.incoming
         for sink in load.sinks_natt:
             count = incoming.receive(sink.fileno())
-            self.received += count
             spis, numbers = incoming.numbers(SPI_OFFSET, count), incoming.numbers(SEQUENCE_OFFSET, count)
             for spi, number in zip(spis, numbers, strict=True):
+                if number < self._first:
+                    continue
+                self.received += 1
                 if number <= self._last.get(spi, 0):
                     self.disorder += 1
                 self._last[spi] = number
