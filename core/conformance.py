@@ -73,6 +73,8 @@ _METHODS: Mapping[str, Callable[..., object]] = {
 }
 _STEPS = 3_000
 _DATAGRAMS = 1_000
+_HOST = IPv4Address("127.20.0.1")
+"""A loopback address of our own, as a port that is free for TCP on 127.0.0.1 may be taken for UDP."""
 _PATIENCE = 0.2
 """Seconds that a check is left to look at a port that is silent."""
 
@@ -416,9 +418,7 @@ def _answers_the_same_endpoint(make: Make) -> None:
 @contextmanager
 def _silent_port() -> Iterator[int]:
     """A port that takes datagrams and connections and never answers."""
-    tcp = socket.create_server(("127.0.0.1", 0))
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with tcp, udp:
+    with socket.create_server((str(_HOST), 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
         udp.bind(tcp.getsockname())
         yield tcp.getsockname()[1]
 
@@ -428,7 +428,7 @@ def _look(make: Make, port: int, patience: float) -> tuple[object, float]:
     import trio  # noqa: PLC0415 - the other kinds do without it
 
     check: HealthCheck = make()
-    target = Target("gw1", Endpoint(IPv4Address("127.0.0.1"), port), Framing.IKE)
+    target = Target("gw1", Endpoint(_HOST, port), Framing.IKE)
 
     async def look() -> tuple[object, float]:
         answer: object = None
