@@ -4,10 +4,14 @@ One request per connection, a line of JSON each way::
 
     {"call": "set-state", "arguments": {"server": "gw1", "state": "draining"}}
     {"result": …}  or  {"error": "one sentence", "kind": "refused"}
+
+Nothing that comes through the socket ends the daemon, and nothing holds up its loop: a request is bounded in
+size and time, connections are bounded in number, and long operations give way in between.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -17,65 +21,87 @@ from typing import Any
 
 import structlog
 import trio
-from pydantic import ValidationError, validate_call
+from pydantic import BaseModel, ValidationError, validate_call
 
+from sapin.api.client import DEADLINE, ControlError, call, socket_path
 from sapin.api.operations import Refused
 from sapin.core.writer import UnknownObject
+
+__all__ = ["ControlError", "call", "serve", "socket_path"]
 
 MAX_REQUEST = 64 * 1024
 """Bytes of a request."""
 MAX_CONNECTIONS = 32
-DEADLINE = 10.0
-"""Seconds that one connection may take; a slow reader is cut off."""
+"""Connections at one time; one more is told so and closed."""
 
 log = structlog.get_logger("sapin.control")
 
-
-class ControlError(Exception):
-    """The daemon cannot be asked, or refuses; the text is one sentence. ``kind`` tells programs which."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
+Call = Callable[..., Any]
 
 
-def socket_path(state_dir: Path) -> Path:
-    """Where the daemon with that state directory listens."""
-    return state_dir / "control.sock"
+class _Request(BaseModel, extra="forbid", strict=True):
+    call: str
+    arguments: dict[str, Any] = {}
 
 
 async def serve(
     state_dir: Path,
-    operations: Mapping[str, Callable[..., Any]],
+    operations: Mapping[str, Call],
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer requests until cancelled. Whoever can open the socket may do everything."""
-    calls = {name: validate_call(config={"strict": True})(call) for name, call in operations.items()}
+    """Answer requests until cancelled. Whoever can open the socket may do everything.
+
+    Raises:
+        OSError: the socket cannot be made.
+    """
+    calls = {name: validate_call(config={"strict": True})(function) for name, function in operations.items()}
     path = socket_path(state_dir)
-    path.unlink(missing_ok=True)
-    before = os.umask(0o177)
-    try:
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await sock.bind(str(path))
-    finally:
-        os.umask(before)
-    sock.listen(MAX_CONNECTIONS)
+    listener = trio.SocketListener(_listen(path))
     room = trio.CapacityLimiter(MAX_CONNECTIONS)
 
-    async def answer(stream: trio.SocketStream) -> None:
+    async def converse(stream: trio.SocketStream) -> None:
         try:
-            async with room, stream:
+            async with stream:
                 with trio.move_on_after(DEADLINE):
-                    await stream.send_all(_answer(await _line(stream), calls))
+                    await _converse(stream, calls, room)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the other side went away: nobody is left to be told
 
     try:
         task_status.started()
-        await trio.serve_listeners(answer, [trio.SocketListener(sock)])
+        await trio.serve_listeners(converse, [listener])
     finally:
         path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> trio.socket.SocketType:
+    """A socket in the place of what a former process left there; its owner's alone from the first moment."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+        sock.listen(MAX_CONNECTIONS)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    return trio.socket.from_stdlib_socket(sock)
+
+
+async def _converse(stream: trio.SocketStream, calls: Mapping[str, Call], room: trio.CapacityLimiter) -> None:
+    try:
+        room.acquire_nowait()
+    except trio.WouldBlock:
+        answer = _error("busy", f"the daemon serves {MAX_CONNECTIONS} requests already: try again")
+    else:
+        try:
+            answer = await _answer(await _line(stream), calls)
+        finally:
+            room.release()
+    await stream.send_all(json.dumps(answer).encode() + b"\n")
 
 
 async def _line(stream: trio.abc.ReceiveStream) -> bytes:
@@ -88,55 +114,29 @@ async def _line(stream: trio.abc.ReceiveStream) -> bytes:
     return bytes(received)
 
 
-def _answer(line: bytes, calls: Mapping[str, Callable[..., Any]]) -> bytes:
-    answer: dict[str, Any]
+async def _answer(line: bytes, calls: Mapping[str, Call]) -> Mapping[str, Any]:
+    if len(line) > MAX_REQUEST:
+        return _error("malformed", f"a request has at most {MAX_REQUEST} bytes")
     try:
-        if len(line) > MAX_REQUEST:
-            raise Refused(f"a request has at most {MAX_REQUEST} bytes")
-        request = json.loads(line)
-        name, arguments = request["call"], request.get("arguments", {})
-        if name not in calls:
-            raise Refused(f"there is no operation {name!r}: is this daemon older than this program?")
-        answer = {"result": calls[name](**arguments)}
+        request = _Request.model_validate_json(line)
+        if request.call not in calls:
+            return _error(
+                "unknown",
+                f"there is no operation {request.call!r:.100}: is the daemon older than this program?",
+            )
+        result = calls[request.call](**request.arguments)
+        return {"result": await result if inspect.isawaitable(result) else result}
     except Refused as error:
-        answer = {"error": str(error), "kind": "refused"}
+        return _error("refused", str(error))
     except UnknownObject as error:
-        answer = {"error": str(error), "kind": "unknown"}
+        return _error("unknown", str(error))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        answer = {"error": f"the request makes no sense: {faults}", "kind": "malformed"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        answer = {"error": f"the request makes no sense: {error!r:.200}", "kind": "malformed"}
+        faults = "; ".join(": ".join((*map(str, e["loc"]), e["msg"])) for e in error.errors())
+        return _error("malformed", f"the request makes no sense: {faults:.1000}")
     except Exception as error:
         log.exception("an operation failed", request=line[:200])
-        answer = {"error": f"a fault in the daemon, see its log: {error!r:.200}", "kind": "fault"}
-    return json.dumps(answer).encode() + b"\n"
+        return _error("fault", f"a fault in the daemon, see its log: {error!r:.200}")
 
 
-def call(state_dir: Path, name: str, **arguments: Any) -> Any:
-    """Ask the daemon for an operation and wait for its answer.
-
-    Raises:
-        ControlError: there is no daemon, it cannot be reached, or it refuses.
-    """
-    path = socket_path(state_dir)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(DEADLINE)
-            sock.connect(str(path))
-            sock.sendall(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
-            with sock.makefile("rb") as file:
-                answer = json.loads(file.readline())
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise ControlError(
-            "down", f"no daemon is running with state_dir {state_dir}: start `sapin run`"
-        ) from None
-    except PermissionError:
-        raise ControlError(
-            "denied", f"{path} belongs to another user: run this as the daemon's user"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ControlError("down", f"the daemon behind {path} does not answer: {error}") from None
-    if "error" in answer:
-        raise ControlError(answer["kind"], answer["error"])
-    return answer["result"]
+def _error(kind: str, text: str) -> Mapping[str, Any]:
+    return {"error": text, "kind": kind}

@@ -7,7 +7,7 @@ whatever else will let people in calls the same ones.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -15,12 +15,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import trio
+
 from sapin.api.keys import client_of, parse_key, show_key
 from sapin.core import balancer, ike
-from sapin.core.affinity import AffinityTable, Pin
+from sapin.core.affinity import Pin
 from sapin.core.changes import diff
 from sapin.core.config import ConfigError, parse
-from sapin.core.contracts import KINDS, Client, Datagram
+from sapin.core.contracts import KINDS, Client, Datagram, Key
 from sapin.core.dataplane.batch import peer_address
 from sapin.core.dataplane.flows import Counters, Flow
 from sapin.core.dataplane.listeners import ListenError
@@ -32,6 +34,10 @@ from sapin.core.writer import UnknownObject, plugins_of
 
 PAGE = 500
 """Pins or flows in one answer, at most."""
+STEP = 100
+"""Pins or flows that are looked at between two checkpoints: well below a millisecond."""
+MAX_STEPS = 1000
+"""Steps in one answer; a search over more goes on at the answer's cursor."""
 
 Row = dict[str, Any]
 
@@ -168,7 +174,7 @@ class Operations:
 
     # pins
 
-    def pins(
+    async def pins(
         self,
         service: str | None = None,
         server: str | None = None,
@@ -178,23 +184,34 @@ class Operations:
     ) -> Row:
         """A page of pins, those of a service, a server, or a client (address, or a key as shown).
 
-        ``next`` is the cursor of the next page, ``None`` after the last.
+        ``next`` is the cursor of the next page, ``None`` after the last. A page may be empty although more follow.
+
+        Raises:
+            Refused: the cursor is none.
+            UnknownObject: there is no such service.
         """
+        found, following = await self._search(service, server, client, cursor, max(1, min(limit, PAGE)))
+        return {"pins": [self._pin(group, pin) for group, pin in found], "next": following}
+
+    async def _search(
+        self, service: str | None, server: str | None, client: str | None, cursor: str | None, limit: int
+    ) -> tuple[list[tuple[Group, Pin]], str | None]:
+        """Pins that match everything that is given, and where to go on."""
         groups = list(self._groups(service))
         at, start = _cursor(cursor, len(groups))
-        limit = max(1, min(limit, PAGE))
-        rows: list[Row] = []
-        looked = 0
-        while at < len(groups) and len(rows) < limit and looked < 20 * PAGE:
-            page = groups[at].table.pins(start, limit)
-            looked += limit
-            rows += [
-                self._pin(groups[at], pin)
+        found: list[tuple[Group, Pin]] = []
+        for _ in range(MAX_STEPS):
+            if at == len(groups) or len(found) >= limit:
+                break
+            page = groups[at].table.pins(start, min(STEP, limit - len(found)))
+            found += [
+                (groups[at], pin)
                 for pin in page.pins
                 if (server is None or pin.server == server) and (client is None or _is_of(pin, client))
             ]
             at, start = (at, page.next) if page.next is not None else (at + 1, 0)
-        return {"pins": rows, "next": f"{at}:{start}" if at < len(groups) else None}
+            await trio.lowlevel.checkpoint()
+        return found, f"{at}:{start}" if at < len(groups) else None
 
     def _pin(self, group: Group, pin: Pin) -> Row:
         return {
@@ -205,38 +222,43 @@ class Operations:
             "due": pin.due,
         }
 
-    def delete_pins(
+    async def delete_pins(
         self,
         service: str | None = None,
         server: str | None = None,
         client: str | None = None,
         key: str | None = None,
+        cursor: str | None = None,
     ) -> Row:
         """Delete the pins that match everything that is given; at least one thing must be.
 
+        One call deletes a page of them; ``next`` is where the next call goes on, ``None`` when all are done.
+
         Raises:
-            Refused: nothing is given, or the key is not one.
+            Refused: nothing is given, or the key or the cursor is none.
+            UnknownObject: there is no such service.
         """
         if service is None and server is None and client is None and key is None:
             raise Refused("say which pins to delete: by service, server, client or key")
         if key is not None:
-            try:
-                wanted = parse_key(key)
-            except ValueError as error:
-                raise Refused(str(error)) from None
-            doomed = [(g, wanted) for g in self._groups(service) if g.table.get(wanted) is not None]
-        else:
-            doomed = [
-                (group, pin.keys[0])
-                for group in self._groups(service)
-                for pin in _all_pins(group.table)
-                if (server is None or pin.server == server) and (client is None or _is_of(pin, client))
-            ]
-        return {"deleted": self._dataplane.delete_pins(doomed)}
+            return {"deleted": self._dataplane.delete_pins(self._pinned(service, server, key)), "next": None}
+        found, following = await self._search(service, server, client, cursor, PAGE)
+        return {
+            "deleted": self._dataplane.delete_pins((group, pin.keys[0]) for group, pin in found),
+            "next": following,
+        }
+
+    def _pinned(self, service: str | None, server: str | None, shown: str) -> list[tuple[Group, Key]]:
+        try:
+            key = parse_key(shown)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        pins = [(group, group.table.describe(key)) for group in self._groups(service)]
+        return [(group, key) for group, pin in pins if pin is not None and server in (None, pin.server)]
 
     # explain
 
-    def explain(self, client: str, port: int | None = None, service: str | None = None) -> Row:
+    async def explain(self, client: str, port: int | None = None, service: str | None = None) -> Row:
         """Where a client is, by which key, since when and why; or what a new one would get.
 
         Args:
@@ -246,6 +268,7 @@ class Operations:
 
         Raises:
             Refused: the address or the port makes no sense.
+            UnknownObject: there is no such service.
         """
         try:
             address = ip_address(client)
@@ -253,23 +276,31 @@ class Operations:
             raise Refused(f"{client!r} is not an IPv4 or IPv6 address") from None
         if port is not None and not 0 < port < 65_536:
             raise Refused(f"{port} is not a port: it must be from 1 to 65535")
-        views = [v for v in self._dataplane.snapshot.services.values() if service in (None, v.service.name)]
-        if not views:
-            raise Refused(f"there is no virtual service {service!r}")
+        services = self._dataplane.snapshot.services
+        if service is not None and service not in services:
+            raise UnknownObject(_no_service(service, services))
+        flows = await self._flows_of(address.packed, port, service)
+        views = [view for name, view in self._dataplane.snapshot.services.items() if service in (None, name)]
         return {
             "client": str(address),
             "port": port,
-            "flows": [self._flow(flow) for flow in self._flows_of(address.packed, port, views)][:PAGE],
+            "flows": [self._flow(flow) for flow in flows],
             "services": [self._would(view, address, port) for view in views],
         }
 
-    def _flows_of(self, address: bytes, port: int | None, views: list[ServiceView]) -> Iterator[Flow]:
-        names = {view.service.name for view in views}
-        for flow in self._dataplane.forwarder.flows:
-            if flow.listener.service.name in names:
-                at, its_port = peer_address(flow.peer)
-                if at == address and port in (None, its_port):
-                    yield flow
+    async def _flows_of(self, address: bytes, port: int | None, service: str | None) -> list[Flow]:
+        """The client's flows, a page at most."""
+        by_fd = self._dataplane.forwarder.flows.by_fd
+        found: list[Flow] = []
+        for number, flow in enumerate(list(by_fd.values()), start=1):
+            at, its_port = peer_address(flow.peer)
+            if at == address and port in (None, its_port) and service in (None, flow.listener.service.name):
+                found.append(flow)
+            if len(found) == PAGE:
+                break
+            if number % STEP == 0:
+                await trio.lowlevel.checkpoint()
+        return [flow for flow in found if by_fd.get(flow.fd) is flow]
 
     def _flow(self, flow: Flow) -> Row:
         _, port = peer_address(flow.peer)
@@ -371,9 +402,12 @@ class Operations:
             yield from snapshot.groups.values()
             return
         if service not in snapshot.services:
-            known = ", ".join(snapshot.services) or "none"
-            raise UnknownObject(f"there is no virtual service {service!r} (there is: {known})")
+            raise UnknownObject(_no_service(service, snapshot.services))
         yield snapshot.services[service].group
+
+
+def _no_service(name: str, services: Iterable[str]) -> str:
+    return f"there is no virtual service {name!r} (there is: {', '.join(services) or 'none'})"
 
 
 def _sum(counters: Any) -> Row:
@@ -394,14 +428,6 @@ def _cursor(cursor: str | None, groups: int) -> tuple[int, int]:
     if not (at.isdecimal() and start.isdecimal() and len(cursor) < 20) or int(at) > groups:
         raise Refused(f"{cursor!r} is not a cursor of this listing")
     return int(at), int(start)
-
-
-def _all_pins(table: AffinityTable[Member]) -> Iterator[Pin]:
-    start: int | None = 0
-    while start is not None:
-        page = table.pins(start, PAGE)
-        yield from page.pins
-        start = page.next
 
 
 def _is_of(pin: Pin, client: str) -> bool:
