@@ -85,6 +85,7 @@ class Operations:
             "flows": len(plane.forwarder.flows),
             "max_flows": plane.forwarder.flows.limit,
             "drops": dict(plane.forwarder.drops),
+            "failures": dict(plane.failures),
             "icmp_errors": dict(plane.forwarder.errors),
             "store": {**asdict(plane.store.statistics), "failed": plane.store.failed},
             "groups": [self._group(group) for group in snapshot.groups.values()],
@@ -394,6 +395,8 @@ class Operations:
             self._dataplane.reload(config)
         except (ListenError, PluginError) as error:
             raise Refused(f"nothing was changed: {error}") from None
+        except OSError as error:
+            raise Refused(f"it is in force, but admin states could not be saved: {error}") from None
         return {"changes": list(diff(old, config).lines())}
 
     def _groups(self, service: str | None) -> Iterator[Group]:

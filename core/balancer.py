@@ -78,8 +78,8 @@ def keys_of(group: Group, datagram: Datagram, now: float) -> Sequence[Key]:
         return (key("client", datagram.client.address),)
     try:
         keys = hosted.plugin.keys(datagram)
-        if len(keys) > MAX_KEYS or not all(type(k) is bytes and len(k) <= MAX_KEY_LENGTH for k in keys):
-            raise ValueError(f"not at most {MAX_KEYS} keys of at most {MAX_KEY_LENGTH} bytes: {keys!r:.200}")
+        if len(keys) > MAX_KEYS or not all(type(k) is bytes and 0 < len(k) <= MAX_KEY_LENGTH for k in keys):
+            raise ValueError(f"not at most {MAX_KEYS} keys of 1 to {MAX_KEY_LENGTH} bytes: {keys!r:.200}")
     except Exception as error:
         hosted.fault(f"{type(error).__name__}: {error}", now)
         return (key("client", datagram.client.address),)

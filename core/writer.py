@@ -85,6 +85,10 @@ class Writer:
             name: self._group(services, plugins[name], old.groups.get(name), config.node.max_pins)
             for name, services in config.groups().items()
         }
+        self._overrides = {
+            name: {s: state for s, state in self._overrides.get(name, {}).items() if s in group.members}
+            for name, group in groups.items()
+        }
         self._publish(Snapshot(old.version + 1, config, groups, _services(groups)))
         for group in old.groups.values():
             for member in group.members.values():

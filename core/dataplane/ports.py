@@ -7,44 +7,37 @@ may share a port when their peers differ.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Collection
+from itertools import chain
 from random import Random
 
 
 class PortPool:
-    """The free ports of one range, given out in random order, and again as late as possible.
+    """The free ports of one range: those never used yet, from a random one on, then the longest unused.
 
     Args:
-        low, high: the range, both ends included.
+        low: the first port of the range.
+        high: the last one.
         used: ports that are in use already.
-        random: for the first order.
+        random: for where to begin.
     """
 
-    def __init__(self, low: int, high: int, used: Iterable[int], random: Random) -> None:
-        free = list(set(range(low, high + 1)).difference(used))
-        random.shuffle(free)
-        self._size = high - low + 1
+    def __init__(self, low: int, high: int, used: Collection[int], random: Random) -> None:
+        start = random.randint(low, high)
+        used = set(used)
         self._range = range(low, high + 1)
-        self._ring = array("H", free)
-        self._ring.extend([0] * (self._size - len(free)))
-        self._head = 0
-        self._free = len(free)
-
-    def __len__(self) -> int:
-        return self._free
+        self._fresh = (port for port in chain(range(start, high + 1), range(low, start)) if port not in used)
+        self._returned: deque[int] = deque()
 
     def take(self) -> int | None:
-        """A free port, the longest unused one; ``None`` when there is none."""
-        if not self._free:
-            return None
-        port = self._ring[self._head]
-        self._head = (self._head + 1) % self._size
-        self._free -= 1
+        """A free port; ``None`` when there is none."""
+        port = next(self._fresh, None)
+        if port is None and self._returned:
+            return self._returned.popleft()
         return port
 
     def give(self, port: int) -> None:
-        """Take a port back; one of outside the range is not ours to keep."""
-        if port in self._range and self._free < self._size:
-            self._ring[(self._head + self._free) % self._size] = port
-            self._free += 1
+        """Take a port back that :meth:`take` gave, or that was in use at first; others are not ours to keep."""
+        if port in self._range:
+            self._returned.append(port)

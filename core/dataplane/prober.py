@@ -26,6 +26,8 @@ SMOOTHING = 0.3
 """Weight of the newest round trip in the moving average."""
 MIN_WAKE = 0.25
 """Seconds between two runs of a check, however often its server is suspect."""
+SPREAD = 0.2
+"""Seconds over which first runs are spread."""
 
 log = structlog.get_logger("sapin.checks")
 
@@ -98,6 +100,7 @@ class Prober:
 
     async def run(self) -> None:
         """Run the checks until cancelled."""
+        self._tasks.clear()
         async with trio.open_nursery() as nursery:
             while True:
                 self._changed = trio.Event()
@@ -132,6 +135,7 @@ class Prober:
     async def _keep_checking(self, task: _Task) -> None:
         try:
             with task.scope:
+                await trio.sleep(self._random.uniform(0, min(SPREAD, task.finding.probe.spec.interval)))
                 while True:
                     await self._check(task.finding)
                     await self._pause(task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from random import Random
 
@@ -40,6 +40,8 @@ TICK = 10
 """Seconds between the journal's notes that the daemon is alive."""
 REPORT = 60
 """Seconds between two reports of drops or plugin faults."""
+RESTART = (0.01, 5.0)
+"""Seconds until a part that failed is started again: at first, and at most."""
 THAW = 3600
 """Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
 
@@ -80,6 +82,8 @@ class Dataplane:
         self._stale = trio.Event()
         self._unprepared = trio.Event()
         self._reported: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        """How often a part of the dataplane had to be started again."""
         self.store = Store(config.node.state_dir)
         self.store.open()
         try:
@@ -119,17 +123,29 @@ class Dataplane:
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.forwarder.run)
-                nursery.start_soon(self.prober.run)
-                nursery.start_soon(self._keep_house)
-                nursery.start_soon(self._drop_stale)
-                nursery.start_soon(self._keep_prepared)
+                nursery.start_soon(self._supervise, "forwarder", self.forwarder.run)
+                nursery.start_soon(self._supervise, "checks", self.prober.run)
+                nursery.start_soon(self._supervise, "housekeeping", self._keep_house)
+                nursery.start_soon(self._supervise, "stale flows", self._drop_stale)
+                nursery.start_soon(self._supervise, "preparation", self._keep_prepared)
                 task_status.started()
         finally:
             self.forwarder.close()
             self.store.append(Tick(int(self.clock())))
             self.store.close()
             self.writer.close()
+
+    async def _supervise(self, name: str, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a part that must not take the others with it: what fails is logged, counted and started again."""
+        pause, longest = RESTART
+        while True:
+            try:
+                await task()
+            except Exception:
+                self.failures[name] += 1
+                log.exception("a part of the dataplane failed and is started again", part=name, seconds=pause)
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
 
     def reload(self, config: Config) -> None:
         """Make the configuration the running one, or raise and change nothing.
@@ -139,6 +155,7 @@ class Dataplane:
         Raises:
             ListenError: a new virtual service cannot be bound.
             PluginError: a plugin cannot be used.
+            OSError: it is in force, but the admin states that it changes could not be saved.
         """
         known = {listener.service.name: listener.service for listener in self.forwarder.listeners}
         new = [
@@ -156,6 +173,7 @@ class Dataplane:
         self._renew_listeners(config, {service.name for service in new})
         for listener in fresh:
             self.forwarder.add_listener(listener)
+        self._save_overrides()
 
     def set_admin(self, service: str, server: str, state: AdminState) -> None:
         """Set what the operator wants of a server, in the whole affinity group, and keep it over restarts.
@@ -165,7 +183,10 @@ class Dataplane:
             OSError: it is in force, but could not be saved.
         """
         self.writer.set_admin(service, server, state)
-        save_overrides(self.snapshot.config.node.state_dir, self.writer.overrides)
+        self._save_overrides()
+
+    def _save_overrides(self) -> None:
+        save_overrides(self.store.directory, self.writer.overrides)
 
     def delete_pins(self, pins: Iterable[tuple[Group, Key]]) -> int:
         """Delete the pins that have these keys, and their flows; how many there were."""
