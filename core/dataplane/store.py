@@ -322,7 +322,7 @@ class Store:
         with closing(_File.create(temporary, "checkpoint")) as file:
             await self._write_state(file, live, now)
             # Whatever the checkpoint shows must be in the journal on disk, or a crash would mix two moments.
-            pass
+            self.flush()
             await self.sync()
             await file.sync()
             if journal is None or self._journal is not journal:
