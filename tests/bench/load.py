@@ -124,9 +124,10 @@ class Pace:
 class Load:
     """All sockets of clients and servers, and the flows that were set up."""
 
-    def __init__(self, lab: Lab, direct: bool) -> None:
+    def __init__(self, lab: Lab, direct: bool, forwarder_cpu: int) -> None:
         self.lab = lab
         self.direct = direct
+        self._forwarder_cpu = forwarder_cpu
         self._random = Random(1)
         self.incoming = Incoming(BATCH)
         """What the last read of a socket brought."""
@@ -275,10 +276,16 @@ class Load:
 
     @contextmanager
     def echoing(self) -> Iterator[None]:
-        """Let a child process answer on the servers' NAT traversal ports meanwhile."""
+        """Let a child process answer on the servers' NAT traversal ports meanwhile.
+
+        On the direct path it has the CPU that is the forwarder's otherwise: with both ends on one CPU a
+        datagram would wake nobody from idle, and direct would look better than any two machines are.
+        """
         pid = os.fork()
         if pid == 0:
             try:
+                if self.direct:
+                    os.sched_setaffinity(0, {self._forwarder_cpu})
                 self._echo_until_killed()
             finally:
                 os._exit(1)

@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scenarios import PACED_RATE, Figures, Metric, legend, metrics
+from scenarios import GSO_SIZES, PACED_RATE, Figures, Metric, legend, metrics
 
 BASE = "nginx"
 
@@ -103,7 +103,8 @@ def aims(results: Results) -> Sequence[tuple[str, bool, str]]:
     trip, direct = results.median("trip_p50", "sapin"), results.median("trip_p50", "direct")
     if trip is not None and direct is not None:
         found.append(("round trip within 20 µs of direct", trip - direct <= 20, f"{trip - direct:+.1f} µs"))
-    ratio("gso_rate", "GSO traffic at least 12 times nginx's", 12.0)
+    for size in GSO_SIZES:
+        ratio(f"gso{size}_rate", f"GSO traffic at least 12 times nginx's ({size:,} bytes)", 12.0)
     return found
 
 
@@ -185,7 +186,7 @@ PLOTTED = (
     "first_rate",
     "reply_rate",
     "memory",
-    "gso_rate",
+    *(f"gso{size}_rate" for size in GSO_SIZES),
 )
 
 
@@ -207,7 +208,7 @@ def _bars(axes: Any, results: Results, metric: Metric) -> None:
     better = "lower" if metric.lower_is_better else "higher"
     axes.set_title(f"{metric.title.strip()}\n{metric.unit}, {better} is better", fontsize=8)
     axes.tick_params(labelsize=8)
-    if metric.name == "gso_rate":
+    if metric.name.startswith("gso"):
         axes.set_xscale("log")
 
 

@@ -24,6 +24,7 @@ from load import Load
 from report import Results, machine, plot, show
 from rich.console import Console
 from scenarios import (
+    GSO_SIZES,
     MIXES,
     Effort,
     Figures,
@@ -57,13 +58,17 @@ def _sessions() -> Mapping[str, Sequence[tuple[str, Scenario]]]:
             ("round trip", round_trip),
             *floods,
             ("down", saturated_down),
-            ("GSO", gso),
+            *((f"GSO {size}", partial(_gso, size)) for size in GSO_SIZES),
         ],
     }
 
 
 def _saturated(name: str, load: Load, running: Running, effort: Effort) -> Figures:
     return saturated(load, running, effort, name)
+
+
+def _gso(size: int, load: Load, running: Running, effort: Effort) -> Figures:
+    return gso(load, running, effort, size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +143,7 @@ def _measure(
     forwarder: Forwarder, lab: Lab, folder: Path, cpu: int, effort: Effort, results: Results
 ) -> None:
     for session, scenarios in _sessions().items():
-        load = Load(lab, direct=forwarder.name == "direct")
+        load = Load(lab, forwarder.name == "direct", cpu)
         try:
             with started(forwarder, lab, folder / session, cpu) as running:
                 for title, scenario in scenarios:

@@ -15,8 +15,10 @@ from traffic import SEQUENCE_OFFSET, SPI_OFFSET, esp
 Figures = Mapping[str, float]
 
 PACED_RATE = 50_000
+GSO_SIZES = (1400, 200)
+"""Bytes of the datagrams in super-packets."""
 SEGMENTS = 16
-"""Datagrams in a super-packet: 16 of 1,400 bytes."""
+"""Datagrams in a super-packet."""
 SUPER_BATCH = 4
 """Super-packets in one send: as many datagrams as :data:`~load.BATCH`."""
 WINDOW = 128
@@ -67,7 +69,8 @@ def metrics() -> Sequence[Metric]:
         Metric("paced_disorder", "  out of order", "packets", True),
         Metric("paced_cpu", "  CPU per packet", "µs", True),
         Metric("trip_p50", "round trip p50", "µs", True),
-        Metric("trip_p99", "round trip p99", "µs", True),
+        Metric("trip_p99", "  p99", "µs", True),
+        Metric("trip_cpu", "  CPU per round trip", "µs", True),
         Metric("first_rate", "new flows, first packet", "k/s", False),
         Metric("first_cpu", "  CPU per flow", "µs", True),
         Metric("first_lost", "  lost", "packets", True),
@@ -76,8 +79,15 @@ def metrics() -> Sequence[Metric]:
         Metric("reply_lost", "  lost", "packets", True),
         Metric("memory", "memory (RSS) that 10,000 flows added", "MiB", True),
         Metric("memory_all", "  with them, in all", "MiB", True),
-        Metric("gso_rate", "GSO: throughput", "k/s", False),
-        Metric("gso_cpu", "  CPU per packet", "µs", True),
+        *(
+            metric
+            for size in GSO_SIZES
+            for metric in (
+                Metric(f"gso{size}_rate", f"GSO {size:,}: throughput", "k/s", False),
+                Metric(f"gso{size}_cpu", "  CPU per packet", "µs", True),
+                Metric(f"gso{size}_busy", "  busy", "%", False),
+            )
+        ),
     ]
 
 
@@ -87,7 +97,7 @@ def legend() -> Sequence[str]:
         *(f"{name}: clients to servers, {mix}, more offered than passes" for name, mix in MIXES.items()),
         f"down: servers to clients, {INTERLEAVED}, more offered than passes",
         f"paced: clients to servers, {INTERLEAVED}, {PACED_RATE:,} packets/s",
-        f"GSO: {BULK.flows} flows, {BULK.size:,} bytes, clients send super-packets of {SEGMENTS}",
+        f"GSO: {BULK.flows} flows, clients send super-packets of {SEGMENTS} datagrams of so many bytes",
         "CPU per packet: user and system time of all processes for a packet that came through;",
         "the kernel's work within a send, up to the receiver's socket, counts for the sender",
         "busy: CPU used, of the time in which no other program held the CPU; below 95 the load was the limit",
@@ -232,6 +242,7 @@ def round_trip(load: Load, running: Running, effort: Effort) -> Figures:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     trips = []
+    before = running.usage()
     with load.echoing():
         for _ in range(effort.round_trips):
             began = time.perf_counter_ns()
@@ -239,8 +250,15 @@ def round_trip(load: Load, running: Running, effort: Effort) -> Figures:
             if poll.poll(STALL * 1000):
                 load.incoming.receive(descriptor)
                 trips.append((time.perf_counter_ns() - began) / 1e3)
+    used = running.usage() - before
+    if not trips:
+        raise TimeoutError("no echo came back")
     trips.sort()
-    return {"trip_p50": trips[len(trips) // 2], "trip_p99": trips[len(trips) * 99 // 100]}
+    return {
+        "trip_p50": trips[len(trips) // 2],
+        "trip_p99": trips[len(trips) * 99 // 100],
+        "trip_cpu": used.cpu * 1e6 / len(trips),
+    }
 
 
 def new_flows_first(load: Load, running: Running, effort: Effort) -> Figures:
@@ -298,9 +316,8 @@ def _new_flows(
     }
 
 
-def gso(load: Load, running: Running, effort: Effort) -> Figures:
+def gso(load: Load, running: Running, effort: Effort, size: int) -> Figures:
     """Clients with segmentation offload: the kernel carries super-packets as long as nobody splits them."""
-    size = BULK.size
     load.establish(BULK.flows)
     batch = load.super_packets(BULK.flows, SEGMENTS, size)
     at = 0
@@ -315,4 +332,8 @@ def gso(load: Load, running: Running, effort: Effort) -> Figures:
         counts = _flood(push, lambda: sink.drain(size), running, effort)
         time.sleep(0.05)
         sink.drain(size)
-    return {"gso_rate": counts.rate / 1e3, "gso_cpu": counts.cpu_per_packet}
+    return {
+        f"gso{size}_rate": counts.rate / 1e3,
+        f"gso{size}_cpu": counts.cpu_per_packet,
+        f"gso{size}_busy": counts.busy * 100,
+    }
