@@ -61,7 +61,7 @@ from sapin.core.model import (
 
 PICK_LIMIT = 0.000_5
 """Seconds that a pick among 50 candidates may take. The dataplane stands still meanwhile; those that come with
-Sapin take 0.1 to 2 % of it."""
+Sapin take 1 to 40 millionths."""
 CANCEL_LIMIT = 2.0
 """Seconds that a check may take to end when it is cancelled."""
 
