@@ -134,7 +134,17 @@ class AffinityStats:
 
 
 class AffinityTable(Generic[M]):
-    """The pins of one affinity group."""
+    """The pins of one affinity group.
+
+    Args:
+        group: the group's name, for the feed.
+        limit: the most pins that it holds, for all its life: address space is reserved for them.
+        timeout: seconds from a touch to expiry.
+        feed: called with each change after it was made; it must not change the table itself.
+
+    Raises:
+        ValueError: ``limit`` or ``timeout`` is not positive.
+    """
 
     __slots__ = (
         "_cleared",
@@ -157,17 +167,13 @@ class AffinityTable(Generic[M]):
     )
 
     def __init__(self, group: str, limit: int, timeout: int, feed: Feed | None = None) -> None:
-        """``feed`` is called with each change after it was made; it must not change the table itself.
-
-        Raises:
-            ValueError: ``limit`` (pins) or ``timeout`` (seconds) is not positive.
-        """
         if limit < 1 or timeout < 1:
             raise ValueError(f"limit and timeout must be at least 1, not {limit} and {timeout}")
         self.group = group
         self._limit = limit
         self.timeout = timeout
-        """Seconds from a touch to expiry. A change counts for a pin when it is next put or touched."""
+        """Seconds from a touch to expiry. A change counts for pins that are put or touched after it; one that is
+        only touched may live for as long as the timeout before had given it."""
         self._feed = feed
         slots = limit + 1
         self._keys = Keys(slots)
@@ -188,7 +194,7 @@ class AffinityTable(Generic[M]):
 
     @property
     def limit(self) -> int:
-        """The most pins that it holds, for all its life: memory is reserved for them."""
+        """The most pins that it holds."""
         return self._limit
 
     def get(self, key: Key) -> M | None:

@@ -25,9 +25,12 @@ def column(code: Literal["B", "I", "q"], length: int) -> memoryview[int]:
 
 
 class Rings:
-    """Circular lists of items, the integers below ``capacity``; an item is in one ring at most.
+    """Circular lists of items; an item is in one ring at most. Every operation takes the same time.
 
-    A ring is named by an integer from 1 to 2**32 - 1. Every operation takes the same time.
+    A ring is named by an integer from 1 to 2**32 - 1.
+
+    Args:
+        capacity: items are the integers below it.
     """
 
     __slots__ = ("_after", "_before", "_first", "of")
@@ -51,6 +54,7 @@ class Rings:
 
     def join(self, item: int, ring: int) -> None:
         """Puts the item, which must be in no ring, last in this one, which is made if need be."""
+        self.of[item] = ring  # refuses what is no item or ring, before anything has changed
         first = self._first.get(ring, self._NOTHING)
         if first == self._NOTHING:
             self._first[ring] = self._after[item] = self._before[item] = item
@@ -59,7 +63,6 @@ class Rings:
             self._after[last] = self._before[first] = item
             self._before[item] = last
             self._after[item] = first
-        self.of[item] = ring
 
     def leave(self, item: int) -> None:
         """Takes the item out of its ring, which stays, even if it is empty now."""
@@ -80,9 +83,12 @@ class Rings:
 
 
 class TimerWheel:
-    """Integers below ``capacity``, each filed under the second at which it is to be looked at.
+    """Items, each filed under the second at which it is to be looked at.
 
     Seconds are whole numbers of any clock that does not go back, from 1 to 2**32 - 1.
+
+    Args:
+        capacity: items are the integers below it.
     """
 
     __slots__ = ("_rings", "_seconds")
@@ -103,9 +109,10 @@ class TimerWheel:
             if filed <= second:
                 return
             self._rings.leave(item)
-        if second not in self._rings:
-            heappush(self._seconds, second)
+        new = second not in self._rings
         self._rings.join(item, second)
+        if new:
+            heappush(self._seconds, second)
 
     def discard(self, item: int) -> None:
         """Takes the item out, if it is filed."""
