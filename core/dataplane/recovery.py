@@ -20,7 +20,7 @@ from sapin.core.journal import FlowOpened, FormatError, Replayed, State, replay
 KEPT = 8
 """Damaged files that are kept; a further one is reported, and goes with the next checkpoint."""
 
-_NAME = re.compile(r"(journal|checkpoint)-(\d{1,9})")
+_NAME = re.compile(r"(journal|checkpoint)-([1-9]\d{0,8})")
 
 
 class StoreError(Exception):

@@ -3,7 +3,7 @@
 Files, all of mode 0600::
 
     lock             held (flock) by the daemon, with its process id
-    checkpoint-N     everything as it was when journal-N began, or a little later
+    checkpoint-N     everything as it was when journal-N began, or a little later; N is 2 or more
     journal-N        what changed since, one frame per flush
     X.damaged        a file that could not be read to its end, kept for whoever wants to look
 

@@ -7,7 +7,7 @@ from struct import pack
 from typing import Any
 from zlib import crc32
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +71,7 @@ def flow(port: int = 4500, upstream_port: int = 30_000) -> FlowOpened:
 
 def frame_of(payload: Any) -> bytes:
     """A frame whose checksum is right, whatever is in it."""
-    data = msgpack.packb(payload)
+    data: bytes = msgpack.packb(payload)
     return MARK + pack(">II", len(data), crc32(data)) + data
 
 
