@@ -15,6 +15,8 @@ from sapin.api import control
 from tests.net.lab import VIP, VIP6, Gateway, Lab
 from tests.net.namespaces import Daemon, LabError, until
 
+SAPIN = str(Path(sys.executable).with_name("sapin"))
+"""The program that was installed with the package under test."""
 START = 20.0
 """Seconds that a start may take on a busy machine."""
 
@@ -70,8 +72,7 @@ class Balancer:
         config.write_text(f'[node]\nname = "lb"\nstate_dir = "{self._state}"\n')
         with config.open("a") as file:
             file.write(configuration(lab.gateways, persistence, scheduler, follows))
-        argv = [sys.executable, "-m", "sapin.api.cli", "run", str(config)]
-        self._daemon = Daemon(lab.balancer, argv, folder / "sapin.log", {})
+        self._daemon = Daemon(lab.balancer, [SAPIN, "run", str(config)], folder / "sapin.log", {})
 
     async def __aenter__(self) -> Self:
         await self.start()

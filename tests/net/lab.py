@@ -143,7 +143,10 @@ class Client:
         """Bring the tunnel up; whether it is."""
         initiate = ["--initiate", "--child", how.name, "--timeout", str(int(PATIENCE))]
         printed = await self.charon.control(*initiate, check=False, patience=PATIENCE + 5)
-        return "initiate completed successfully" in printed
+        up = "initiate completed successfully" in printed
+        if not up:
+            print(f"{self.name} does not connect:\n{printed}")
+        return up
 
     async def ping(self) -> bool:
         """Whether traffic flows inside the tunnel."""
