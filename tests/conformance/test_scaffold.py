@@ -39,6 +39,17 @@ def test_its_own_test_passes(tmp_path: Path) -> None:
     assert int(passed[1]) > 5 * len(KINDS)
 
 
+def test_the_guides_example_passes_its_own_tests(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    guide = (pytestconfig.rootpath / "docs" / "plugins.md").read_text()
+    plugin, tests, *_ = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    new("scheduler", "first-fit", tmp_path)
+    (tmp_path / "sapin_first_fit.py").write_text(plugin)
+    (tmp_path / "tests" / "test_sapin_first_fit.py").write_text(tests)
+    done = run(tmp_path, "pytest", "-q", "-p", "no:cacheprovider", path=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_entry_point_is_registered_under_its_kind(kind: str, tmp_path: Path) -> None:
     new(kind, "first-fit", tmp_path)
