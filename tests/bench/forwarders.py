@@ -285,7 +285,7 @@ FORWARDERS = (
     Forwarder("nginx", "stream module, one worker", _nginx, _nginx_missing),
     Forwarder(
         "pen",
-        "one process per port, room for its sessions taken at the start",
+        "one process per port; memory for its sessions is taken at the start",
         _pen,
         lambda: None if shutil.which("pen") else "pen is not installed",
     ),
