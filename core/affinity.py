@@ -7,7 +7,7 @@ Rules:
 
 * A key belongs to one pin at most. A pin that has lost its last key is gone.
 * A pin has at most :data:`MAX_KEYS` keys. One key more displaces the oldest of its kind (what precedes the
-  colon), or else the oldest; but never the first, the *primary* key.
+  colon), or else the oldest; but never the first, the *primary* key, nor one that is put with it.
 * A pin expires ``timeout`` seconds after it was last put or touched. Touching writes one number; a lazy
   timer wheel finds what is due (:mod:`sapin.core.wheel`).
 * A table never holds more than ``limit`` pins. A full one evicts the least recently due.
@@ -74,6 +74,7 @@ class Removed(NamedTuple):
     group: str
     keys: tuple[Key, ...]
     server: str
+    """The one that they were pinned to."""
     cause: Cause
 
 
@@ -254,8 +255,7 @@ class AffinityTable(Generic[M]):
 
         The pin of the first key that is pinned is extended by the other keys, and moved if it was
         another member's; if none is pinned, there is a new pin.
-        Other pins lose those keys. If the pin has too many keys now, each new one displaces the
-        oldest of its kind (what precedes the colon), or else the oldest, but never the primary key.
+        Other pins lose those keys.
 
         Raises:
             ValueError: no key, or one that is empty or longer than :data:`MAX_KEY_LENGTH`.
@@ -374,8 +374,8 @@ class AffinityTable(Generic[M]):
     def _change(self, slot: int, keys: tuple[Key, ...], member: M, since: int, feed: Feed | None) -> None:
         held = self._keys.of(slot)
         kept = _merge(held, keys)
-        moved = self._move(slot, member, since)
-        if kept == held and not moved:
+        former = self._move(slot, member, since)
+        if kept == held and not former:
             return
         displaced = tuple(key for key in held if key not in kept)
         robbed = self._detach(key for key in kept if key not in held)
@@ -383,19 +383,20 @@ class AffinityTable(Generic[M]):
         self._keys.add(slot, kept)
         if feed is not None:
             if displaced:
-                feed(Removed(self.group, displaced, member.name, Cause.DISPLACED))
+                feed(Removed(self.group, displaced, former or member.name, Cause.DISPLACED))
             for pin in filter(None, map(self._pin, (slot, *robbed))):
                 feed(Put(self.group, pin.keys, pin.server, pin.since))
 
-    def _move(self, slot: int, member: M, since: int) -> bool:
-        """Makes the member the owner of a pin; ``False`` if it was already."""
-        if self._owners.adopt(member) == self._owner[slot]:
-            return False
+    def _move(self, slot: int, member: M, since: int) -> str | None:
+        """Makes the member the owner of a pin; the name of the one before, if it was another."""
+        former = self._members[self._owner[slot]]
+        if former is None or self._owners.adopt(member) == self._owner[slot]:
+            return None
         self._owners.take(slot)
         self._owners.give(slot, member)
         self._since[slot] = since
         self._moved += 1
-        return True
+        return former.name
 
     def _detach(self, keys: Iterable[Key]) -> Iterable[int]:
         """Takes keys from the pins that have them; which of these have others left."""
@@ -470,18 +471,20 @@ def _checked(keys: Sequence[Key]) -> tuple[Key, ...]:
     return tuple(keys) if len(keys) == 1 else tuple(dict.fromkeys(keys))[:MAX_KEYS]
 
 
-def _merge(held: tuple[Key, ...], keys: tuple[Key, ...]) -> tuple[Key, ...]:
-    """The keys of a pin that has some and gets more, within the bound."""
+def _merge(held: tuple[Key, ...], wanted: tuple[Key, ...]) -> tuple[Key, ...]:
+    """The keys of a pin that has some and gets others, within the bound; the wanted ones stay."""
     kept = list(held)
-    for key in keys:
-        if key not in kept:
-            if len(kept) == MAX_KEYS:
-                kept.remove(_displaced(kept, key))
-            kept.append(key)
+    for key in wanted:
+        if key in kept:
+            continue
+        if len(kept) == MAX_KEYS:
+            old = [other for other in kept[1:] if other not in wanted]
+            if not old:
+                break
+            kept.remove(next((other for other in old if _kind(other) == _kind(key)), old[0]))
+        kept.append(key)
     return tuple(kept)
 
 
-def _displaced(keys: list[Key], newcomer: Key) -> Key:
-    kind = newcomer.partition(b":")[0]
-    secondary = keys[1:]
-    return next((key for key in secondary if key.partition(b":")[0] == kind), secondary[0])
+def _kind(key: Key) -> bytes:
+    return key.partition(b":")[0]
