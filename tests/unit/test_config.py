@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum
 from ipaddress import ip_address
@@ -11,10 +12,19 @@ import pytest
 from pydantic import BaseModel, Field, field_validator
 
 from sapin.core.config import MAX_DEPTH, MAX_SIZE, ConfigError, Fault, parse
+from sapin.core.contracts import KINDS
 from sapin.core.faults import show
 from sapin.core.model import AdminState, CheckSpec, Config, Endpoint, Framing, Node, PluginRef
 from sapin.core.registry import Registry
-from sapin.core.schema import parse_address, parse_duration, parse_server_address, parse_size
+from sapin.core.schema import (
+    TABLES,
+    CheckTable,
+    PersistenceTable,
+    parse_address,
+    parse_duration,
+    parse_server_address,
+    parse_size,
+)
 
 SCENARIOS = sorted((Path(__file__).parents[1] / "scenarios" / "config").glob("*.toml"))
 REGISTRY = Registry()
@@ -222,6 +232,28 @@ def test_counts_are_bounded() -> None:
     ]
     many = '[node]\nname = "lb-a"\n' + "[[virtual_services]]\n" * 1025
     assert [fault.reason for fault in faults(many)] == ["has too many entries: at most 1024"]
+
+
+# The reference
+
+
+REFERENCE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+
+
+def test_the_references_example_is_valid() -> None:
+    example = REFERENCE[REFERENCE.index("    [node]") : REFERENCE.index("Nothing is guessed")]
+    assert len(parse(example, REGISTRY).virtual_services) == 2
+
+
+def test_the_reference_has_every_key_and_every_option() -> None:
+    keys = {key for table in (*TABLES.values(), CheckTable, PersistenceTable) for key in table.model_fields}
+    assert [key for key in sorted(keys) if not re.search(rf"`{key}`|\[{key}\]", REFERENCE)] == []
+    for kind in KINDS:
+        for plugin in REGISTRY.names(kind):
+            model = REGISTRY.config_model(kind, plugin)
+            for option in model.model_fields if model else ():
+                start = REFERENCE.index(f"| {kind} `{plugin}` |")
+                assert f"`{option}`" in re.split(r"\n\| \w", REFERENCE[start:])[0], (plugin, option)
 
 
 # Plugins
