@@ -52,6 +52,8 @@ def run(path: Path) -> None:
     """
     registry = Registry()
     config = load(path, registry)
+    for conflict in registry.conflicts:
+        log.warning("two packages have a plugin of this name", used=conflict)
     descriptors = raise_descriptor_limit()
     try:
         dataplane = Dataplane(config, registry, descriptors)

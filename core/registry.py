@@ -89,9 +89,15 @@ class Registry:
         kinds = {group: kind for kind, group in KINDS.items()}
         points = found if found is not None else (p for g in kinds for p in entry_points(group=g))
         self._points: dict[str, dict[str, EntryPoint]] = {kind: {} for kind in KINDS}
+        self.conflicts: list[str] = []
+        """Names that two packages give to plugins of one kind; the first that was found has it."""
         for point in points:
             if point.group in kinds:
-                self._points[kinds[point.group]].setdefault(point.name, point)
+                first = self._points[kinds[point.group]].setdefault(point.name, point)
+                if first.value != point.value:
+                    self.conflicts.append(
+                        f"{kinds[point.group]} {point.name}: {first.value}, not {point.value}"
+                    )
         self._classes: dict[tuple[str, str], type] = {}
 
     def names(self, kind: str) -> Sequence[str]:

@@ -181,7 +181,7 @@ class Prober:
         finding.asked = result.state or finding.asked
         finding.share = finding.share if result.share is None else result.share
         member = self._member(probe)
-        if member is not None and result.round_trip is not None:
+        if member is not None and result.round_trip is not None and self._is_timekeeper(finding):
             known = member.response_time
             member.response_time = (
                 result.round_trip if known is None else known + SMOOTHING * (result.round_trip - known)
@@ -222,6 +222,12 @@ class Prober:
         return [
             t for t in tasks if t.finding.probe.group == group and t.finding.probe.target.server == server
         ]
+
+    def _is_timekeeper(self, finding: Finding) -> bool:
+        """Whether it is the first check of its server that measures a round trip: different checks do not mix."""
+        of_server = self._of(finding.probe.group, finding.probe.target.server)
+        measuring = [t.finding for t in of_server if t.finding.last and t.finding.last.round_trip is not None]
+        return measuring[:1] == [finding]
 
     def _member(self, probe: Probe) -> Member | None:
         group = self._writer.snapshot.groups.get(probe.group)
