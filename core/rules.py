@@ -7,6 +7,7 @@ is ``None`` here, and no rule speaks of it, so that one mistake is one fault.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,8 @@ from sapin.core.schema import (
 
 _SHARED = {"address": None, "port": None, "weight": 1, "state": AdminState.ENABLED}
 """What leader and follower agree on for a server, and what each key is when it is absent."""
+_WILDCARDS: dict[int, tuple[IPAddress, ...]] = {4: (IPv4Address(0), IPv6Address(0)), 6: (IPv6Address(0),)}
+"""Addresses whose sockets take datagrams of a family, whatever address of the node they are for."""
 
 
 class PluginCatalogue(Protocol):
@@ -156,10 +159,18 @@ def _check_server_endpoints(service: _Service, listening: _Listening, report: Re
         endpoint = Endpoint(server.address, port)
         if (first := seen.setdefault(endpoint, index)) != index:
             report.add((*loc, "address"), f"leads to {endpoint}, as real_servers[{first}] does already")
-        if other := listening.get(endpoint):
+        if other := _listener(endpoint, listening):
             report.add(
                 (*loc, "address"), f"leads to {endpoint}, which is {other}: datagrams would go in circles"
             )
+
+
+def _listener(endpoint: Endpoint, listening: _Listening) -> _Service | None:
+    """The service that takes what is sent there, as far as a file can tell."""
+    address, port = endpoint
+    everywhere = _WILDCARDS[address.version] if address.is_loopback else ()
+    found = (listening.get((each, port)) for each in (address, *everywhere))
+    return next((service for service in found if service), None)
 
 
 # Leaders and followers
@@ -208,7 +219,7 @@ def _check_followed_endpoints(
         if (first := seen.setdefault(server.address, name)) != name:
             report.add(loc, f"leads {first} and {name} of {leader} both to {endpoint}")
             return
-        if other := listening.get(endpoint):
+        if other := _listener(endpoint, listening):
             report.add(loc, f"leads {name} to {endpoint}, which is {other}: datagrams would go in circles")
             return
 
