@@ -10,11 +10,12 @@ Files, all of mode 0600::
 A restart reads the newest whole checkpoint N, then journal-N, journal-N+1, …, in that order.
 
 **What can be lost.** `flush` hands its frame to the kernel before it returns, so the death of the
-process, by ``kill -9`` too, costs nothing that was flushed, and a flush that it interrupts is
-either there or not. A loss of power costs what the kernel had not written yet: whatever was flushed
-after the last `sync`, which the runtime calls about once a second. If the second is the one in which a
-new journal began, its beginning may survive the end of the one before; the records are absolute, so
-what survives is right, and only what is missing is missing.
+process, by ``kill -9`` too, costs nothing that was flushed; a flush that it interrupts is there as a
+whole or not at all. A loss of power costs what the kernel had not written yet: at most what was flushed
+after the last `sync`, which the runtime calls about once a second. Then a pin of that second is
+unknown, or one that was removed in it is there again, until it expires. (Were a few milliseconds at the
+beginning of a new journal to survive the end of the one before: a record says all of its pin, so it is
+right by itself.)
 
 **Why the writes are synchronous.** A frame is one small ``write`` into the page cache, 2 to 4 µs; a
 hand-over to a thread and back costs ten times that, and replies would have to wait for it all the
@@ -25,7 +26,8 @@ directory on a network file system is asking for trouble.
 
 **When the disk fails** (full, read-only, dying), nothing is raised into the dataplane: the store is
 `failed`, says why, drops and counts records, and forwarding goes on. `maintain` tries again, with
-back-off: a new journal, and a whole checkpoint, since the old files lack what was dropped.
+back-off: a new journal, and a whole checkpoint, since the old files lack what was dropped. Until then a
+restart would find the state of before, with what is new in the new journal.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from errno import EIO, ENOENT
+from errno import ENOENT
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -57,8 +59,8 @@ RETRY_AT_LEAST, RETRY_AT_MOST = 1.0, 60.0
 _UNWRITABLE = (OSError, ValueError, TypeError, OverflowError, KeyError)
 
 Live = Callable[[], Iterator[Sequence[Record]]]
-"""Begins a walk over the live state: ``Put`` and ``FlowOpened`` records in chunks of about a thousand,
-each as it is when it is asked for. The state may change between two chunks, under one condition: what is
+"""Begins a walk over the live state: ``Put`` and ``FlowOpened`` records in chunks of some hundred,
+each as it is when it is asked for, and made in less than 1 ms. The state may change between two chunks, under one condition: what is
 there during the whole walk is in it."""
 
 
@@ -202,15 +204,16 @@ class Store:
             raise StoreError(
                 f"{self.directory} is in use by process {holder}: stop it, or give this node another state_dir"
             ) from error
-        os.ftruncate(lock, 0)
-        os.write(lock, b"%d\n" % os.getpid())
         self._lock = lock
+        with suppress(OSError):  # a full disk; the number is only for the message above
+            os.ftruncate(lock, 0)
+            os.write(lock, b"%d\n" % os.getpid())
 
     def load(self) -> Restored:
-        """Reads what is there, cuts off a torn end, and gets ready to write.
+        """Reads what is there, cuts off a torn end, and gets ready to write; see ``failed`` for that.
 
         Raises:
-            StoreError: a newer version wrote it, or a file cannot be read or written.
+            StoreError: a newer version wrote a file, or one cannot be read.
         """
         restored, position = recover(self.directory)
         self._checkpoint, self._number = position.checkpoint or 1, position.number
@@ -220,7 +223,7 @@ class Store:
             self._journal = _File(path, position.size) if position.size else _File.create(path, "journal")
             _sync_directory(self.directory)
         except OSError as error:
-            raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+            self._give_up_journal(error)
         return restored
 
     def close(self) -> None:
@@ -326,7 +329,7 @@ class Store:
             await self.sync()
             await file.sync()
             if journal is None or self._journal is not journal:
-                raise OSError(EIO, f"journal-{number} was given up")
+                return  # given up meanwhile, and so `failed`
             temporary.rename(path)
         self._checkpoint, self._checkpoint_at = number, max(COMPACT_AT, 2 * file.size)
         self._incomplete, self.failed = False, None
@@ -371,5 +374,5 @@ def _remove_older(directory: Path, number: int) -> None:
         for each, path in files(directory, name).items():
             if each < number:
                 path.unlink(missing_ok=True)
-    for path in directory.glob("*.tmp"):
+    for path in directory.glob("checkpoint-*.tmp"):
         path.unlink(missing_ok=True)

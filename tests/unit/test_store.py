@@ -535,6 +535,42 @@ class TestBadDisk:
             assert names(directory) == ["checkpoint-2", "journal-2", "lock"]
         assert load(directory).report.pins == 1002
 
+    async def test_that_takes_no_more_while_a_checkpoint_is_written(self, directory: Path) -> None:
+        clock = Clock()
+        with opened(directory, clock) as (store, _):
+
+            def disk_full_meanwhile() -> Iterator[Sequence[Record]]:
+                yield [put(b"a")]
+                with full_disk(1):
+                    store.append(put(b"b"))
+                    store.flush()
+                yield [put(b"b")]
+
+            await store.checkpoint(disk_full_meanwhile, 5)
+            assert store.failed == f"{directory}: File too large"
+            assert store.statistics.failures == 1
+            assert "checkpoint-2" not in names(directory)
+            clock.now = 1.0
+            await store.maintain(live(put(b"a"), put(b"b")), 5)
+            assert store.failed is None
+        assert keys_of(load(directory)) == {b"a", b"b"}
+
+    async def test_leaves_the_files_of_others_alone(self, directory: Path) -> None:
+        with opened(directory) as (store, _):
+            for name in ("overrides.json", "overrides.tmp"):
+                (directory / name).touch()
+            await store.checkpoint(live(), 5)
+        assert names(directory) == ["checkpoint-2", "journal-2", "lock", "overrides.json", "overrides.tmp"]
+
+    async def test_at_a_start_costs_nothing_that_was_there(self, directory: Path) -> None:
+        clock = Clock()
+        write(directory, [put(b"a")], [put(b"b")])
+        os.truncate(directory / "journal-1", 0)
+        with full_disk(1), opened(directory, clock) as (store, restored):
+            assert (keys_of(restored), store.failed) == (set(), f"{directory}: File too large")
+        with opened(directory) as (store, restored):
+            assert (keys_of(restored), store.failed) == (set(), None)
+
     async def test_whose_directory_somebody_deleted(self, directory: Path) -> None:
         clock = Clock()
         with opened(directory, clock) as (store, _):
