@@ -31,12 +31,19 @@ from traffic import (
 )
 
 BATCH = 64
+FIRST = 256
+"""The first client that sends ESP. A client's number is its SPI, and lower ones are reserved (RFC 4303 section 2.1)."""
 UDP_GRO = 104
 SUPER = 65_536
 NUMBERS = 50_000_000
 """Sequence numbers of a stream: each begins above all that came before, so that stragglers are known as such."""
 ESTABLISH_TIMEOUT = 5.0
 ANY = "0.0.0.0"
+
+
+def clients(flows: int) -> range:
+    """The clients that so many flows belong to."""
+    return range(FIRST, FIRST + flows)
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Mix:
         return f"{self.flows:,} flows, {order}, {self.size:,} bytes"
 
     def cycle(self) -> Sequence[int]:
-        """The flow of each datagram, over and over; no shorter than a batch."""
-        once = [flow for flow in range(self.flows) for _ in range(self.burst)]
+        """The client of each datagram, over and over; no shorter than a batch."""
+        once = [client for client in clients(self.flows) for _ in range(self.burst)]
         return once * -(-BATCH // len(once))
 
 
@@ -165,35 +172,34 @@ class Load:
 
     def ike_requests(self, clients: Sequence[int]) -> Outgoing:
         """An IKE_SA_INIT of each client, with an SPI of its own."""
-        random = self._random
         return self.from_ike.prepare(
-            [(*self.ike_way(each), ike_sa_init(random.randbytes(8), random)) for each in clients]
+            [(*self.ike_way(each), ike_sa_init(_ike_spi(each), self._random)) for each in clients]
         )
 
     def establish(self, flows: int) -> None:
-        """Let clients 0 to ``flows`` begin as VPN clients do: IKE on one port, then on the other, then ESP.
+        """Let the clients of so many flows begin as VPN clients do: IKE on one port, then on the other, then ESP.
 
         Raises:
             TimeoutError: not all of their ESP reached a server.
         """
-        missing = [client for client in range(flows) if client not in self._peers]
+        missing = [client for client in clients(flows) if client not in self._peers]
         for start in range(0, len(missing), BATCH):
             self._establish(missing[start : start + BATCH])
 
-    def _establish(self, clients: Sequence[int]) -> None:
+    def _establish(self, group: Sequence[int]) -> None:
         random = self._random
-        first = self.ike_requests(clients)
+        first = self.ike_requests(group)
         second = self.from_natt.prepare(
             [
-                (*self.natt_way(each), framed_ike_auth(random.randbytes(8), random.randbytes(8), random))
-                for each in clients
+                (*self.natt_way(each), framed_ike_auth(_ike_spi(each), random.randbytes(8), random))
+                for each in group
             ]
         )
-        third = self.from_natt.prepare([(*self.natt_way(each), esp(each, 200, random)) for each in clients])
+        third = self.from_natt.prepare([(*self.natt_way(each), esp(each, 200, random)) for each in group])
         deadline = time.monotonic() + ESTABLISH_TIMEOUT
-        while not all(each in self._peers for each in clients):
+        while not all(each in self._peers for each in group):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"ESP of {len(clients)} new clients did not reach the servers")
+                raise TimeoutError(f"ESP of {len(group)} new clients did not reach the servers")
             self.from_ike.send(first, 0, first.count)
             self._settle(self.sinks_ike, self.client_ike)
             self.from_natt.send(second, 0, second.count)
@@ -238,7 +244,7 @@ class Load:
         return Outgoing(
             [
                 datagram(*self.natt_way(spi), b"".join(esp(spi, size, body) for _ in range(segments)), size)
-                for spi in range(flows)
+                for spi in clients(flows)
             ]
         )
 
@@ -303,6 +309,11 @@ class Load:
         while os.getppid() == parent:
             for descriptor, _ in poll.poll(1.0):
                 self.incoming.echo(descriptor, self.incoming.receive(descriptor))
+
+
+def _ike_spi(client: int) -> bytes:
+    """The initiator's SPI of a client, the same in all its messages."""
+    return Random(client).randbytes(8)
 
 
 class SuperSink:

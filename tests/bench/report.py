@@ -17,6 +17,8 @@ from rich.table import Table
 from scenarios import GSO_SIZES, PACED_RATE, Figures, Metric, legend, metrics
 
 BASE = "nginx"
+QUOTE_FROM, QUOTE_TO = "<!-- run -->", "<!-- end of run -->"
+"""Between these a page quotes a run."""
 
 
 @dataclass
@@ -153,6 +155,41 @@ def _cell(results: Results, metric: Metric, forwarder: str) -> str:
     ):
         text += f" [bold]x{ratio:.2f}[/bold]"
     return text
+
+
+def quote(results: Results, page: Path) -> None:
+    """Replace the run that a page quotes, between :data:`QUOTE_FROM` and :data:`QUOTE_TO`, by this one.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    before, _, rest = page.read_text().partition(QUOTE_FROM)
+    _, mark, after = rest.partition(QUOTE_TO)
+    if not mark:
+        raise ValueError(f"{page} has no place for a run: {QUOTE_FROM} ... {QUOTE_TO}")
+    page.write_text(f"{before}{QUOTE_FROM}\n{_markdown(results)}\n{QUOTE_TO}{after}")
+
+
+def _markdown(results: Results) -> str:
+    names = results.forwarders
+    rows = [["figure", *names], ["---", *("---:" for _ in names)]]
+    group = ""
+    for metric in _METRICS.values():
+        if metric.name in results.figures:
+            # Rows that go on with a figure carry its name here, for there are no groups in Markdown.
+            detail = metric.title.startswith("  ")
+            group = group if detail else metric.title.partition(":")[0]
+            title = f"{group}: {metric.title.strip()}" if detail else metric.title
+            cells = [
+                _cell(results, metric, name).replace("[bold]", "").replace("[/bold]", "") for name in names
+            ]
+            rows.append([f"{title}, {metric.unit}", *cells])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    verdicts = "\n".join(
+        f"- {'met' if met else '**missed**'}: {aim} ({value})" for aim, met, value in aims(results)
+    )
+    facts = " · ".join(f"{key} {value}" for key, value in results.machine.items())
+    return f"{facts}\n\n{table}\n\n{verdicts}"
 
 
 def _number(value: float) -> str:

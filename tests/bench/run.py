@@ -22,7 +22,7 @@ from pathlib import Path
 from forwarders import FORWARDERS, Forwarder, ForwarderError, Running, started
 from lab import Lab, LabError, open_lab
 from load import Load
-from report import Results, machine, plot, show
+from report import Results, machine, plot, quote, show
 from rich.console import Console
 from scenarios import (
     GSO_SIZES,
@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.remarks.append("interrupted")
     show(results, console)
     _save(results, options.json, console)
+    if options.quote:
+        quote(results, options.quote)
     return 1 if results.failures else 0
 
 
@@ -120,6 +122,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="forwarders, separated by commas")
     parser.add_argument("--loopback", action="store_true", help="do without namespaces, as without root")
     parser.add_argument("--json", type=Path, default=BUILD / "bench.json", help="where the figures go")
+    parser.add_argument("--quote", type=Path, help="a page whose quoted run is to be replaced by this one")
     return parser.parse_args(arguments)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from forwarders import Running
-from load import BATCH, Load, Mix, Pace, Stream
+from load import BATCH, FIRST, Load, Mix, Pace, Stream
 from traffic import SEQUENCE_OFFSET, SPI_OFFSET, esp
 
 Figures = Mapping[str, float]
@@ -237,7 +237,7 @@ class Tally:
 def round_trip(load: Load, running: Running, effort: Effort) -> Figures:
     """Send one ESP packet at a time and wait for its echo; the forwarder is otherwise idle."""
     load.establish(1)
-    batch = load.from_natt.prepare([(*load.natt_way(0), esp(0, 200, Random(0)))])
+    batch = load.from_natt.prepare([(*load.natt_way(FIRST), esp(FIRST, 200, Random(0)))])
     descriptor = load.client_natt.fileno()
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
