@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from sapin.api import control
+from sapin.api.files import read_config
 from sapin.api.operations import Operations, Refused
 from sapin.core.config import parse
 from sapin.core.dataplane.limits import raise_descriptor_limit
@@ -38,7 +39,7 @@ def load(path: Path, registry: Registry) -> Config:
         ConfigError: it has faults.
     """
     try:
-        return parse(path.read_bytes(), registry)
+        return parse(read_config(path), registry)
     except OSError as error:
         raise StartError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from sapin.api.files import read_config
 from sapin.api.keys import client_of, parse_key, show_key
 from sapin.core import balancer, ike
 from sapin.core.affinity import Pin
@@ -381,7 +382,7 @@ class Operations:
             Refused: it cannot be read, has faults, or cannot be brought into force; nothing has changed.
         """
         try:
-            config = parse(self._path.read_bytes(), self._registry)
+            config = parse(read_config(self._path), self._registry)
         except OSError as error:
             raise Refused(f"{self._path} cannot be read: {error.strerror}") from None
         except ConfigError as error:
