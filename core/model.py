@@ -136,7 +136,7 @@ class Node:
     name: str
     state_dir: Path
     max_pins: int = 1_000_000
-    """Pins over all affinity groups; a full table evicts the least recently due."""
+    """Pins of each affinity group; a full table evicts the least recently due. Taken at the start."""
     max_flows: int = 200_000
     """Flows over all services; each costs one file descriptor."""
     receive_buffer: int = 8 * 1024 * 1024

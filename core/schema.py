@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from ipaddress import IPv6Address, ip_address
-from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sapin.core.model import AdminState, CheckSpec, Framing, IPAddress, PluginRef, RealServer
+from sapin.core.units import Duration, Size
 
-MAX_DURATION = 30 * 86_400
-"""Seconds in the longest duration that a configuration may ask for."""
 MIN_FLOW_TIMEOUT = 60
 """Seconds; well above the 20 s between NAT keepalives (RFC 3948 section 4)."""
 MIN_INTERVAL = 0.1
@@ -33,40 +31,6 @@ DEFAULT_FLOW_TIMEOUT = 3_600.0
 """Seconds; far longer than the 20 s between NAT keepalives (RFC 3948 section 4)."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
-_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d)", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
-_SIZE = re.compile(r"(\d{1,12})(KiB|MiB|GiB)", re.ASCII)
-_BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def parse_duration(value: object) -> float:
-    """Seconds from ``"500ms"``, ``"5s"``, ``"2m"``, ``"8h"``, ``"1d"`` or a plain number of seconds.
-
-    Raises:
-        ValueError: it is none of these, or not above 0 and at most 30 days.
-    """
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-        seconds = float(match[1]) * _SECONDS[match[2]]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(min(value, MAX_DURATION + 1))
-    else:
-        raise ValueError('must be a duration like "500ms", "5s", "2m", "8h" or "1d", or a number of seconds')
-    if not (isfinite(seconds) and 0 < seconds <= MAX_DURATION):
-        raise ValueError("must be more than 0 and at most 30 days")
-    return seconds
-
-
-def parse_size(value: object) -> int:
-    """Bytes from ``"64KiB"``, ``"8MiB"``, ``"1GiB"`` or a plain whole number.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        return int(match[1]) * _BYTES[match[2]]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError('must be a size like "64KiB", "8MiB" or "1GiB", or a number of bytes')
 
 
 def parse_address(value: object) -> IPAddress:
@@ -152,8 +116,6 @@ def _interval(value: float) -> float:
 
 Name = Annotated[str, AfterValidator(_name)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Size = Annotated[int, BeforeValidator(parse_size)]
 
 
 class Table(BaseModel):

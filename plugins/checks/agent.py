@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field
 
 from sapin.core.contracts import CheckResult, Target
 from sapin.core.model import AdminState, Endpoint
+from sapin.core.units import Duration
 from sapin.plugins.checks.common import connected, first_line
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class AgentCheck:
         """The agent's TCP port on the real server."""
         send: str = Field(default="", max_length=_MAX_LINE)
         """Sent to the agent before its line is read; TOML's ``\\n`` ends it where the agent reads lines."""
-        wait: float = Field(default=1.0, gt=0, le=60)
+        wait: Duration = Field(default=1.0, gt=0, le=60)
         """Seconds for the whole conversation; below the check's time-out."""
         required: bool = False
         """Whether a server without a sensible agent is unhealthy."""

@@ -23,6 +23,7 @@ from sapin.core import ike
 from sapin.core.contracts import CheckResult, Target
 from sapin.core.ike import Answer, Group, Notify
 from sapin.core.model import Framing
+from sapin.core.units import Duration
 from sapin.plugins.checks.common import connected
 
 _MAX_DATAGRAM = 65_535
@@ -39,7 +40,7 @@ class IkeCheck:
 
         group: Literal["MODP1024", "MODP2048", "CURVE25519"] | None = None
         """Ask for an SA with this key exchange group alone, and leave it half-open on the gateway."""
-        retransmit: float = Field(default=0.5, gt=0, le=60)
+        retransmit: Duration = Field(default=0.5, gt=0, le=60)
         """Seconds until the request is sent once more; below the check's time-out to have an effect."""
 
     def __init__(self, config: Config) -> None:

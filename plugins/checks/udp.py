@@ -18,6 +18,7 @@ import trio
 from pydantic import AfterValidator, BaseModel, Field
 
 from sapin.core.contracts import CheckResult, Target
+from sapin.core.units import Duration
 from sapin.plugins.checks.common import connected
 
 _MAX_DATAGRAM = 65_535
@@ -53,7 +54,7 @@ class UdpCheck:
         """The datagram to send, in hex; blanks are ignored."""
         expect: Annotated[str, Field(max_length=_MAX_HEX), AfterValidator(_pattern)] | None = None
         """How the answer begins, in hex; a question mark stands for any digit."""
-        wait: float = Field(default=0.5, gt=0, le=60)
+        wait: Duration = Field(default=0.5, gt=0, le=60)
         """Seconds to wait for an ICMP error where nothing is expected; below the check's time-out."""
 
     def __init__(self, config: Config) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from sapin.core.contracts import Candidate, Request
 from sapin.core.model import CheckSpec, PluginRef
+from sapin.core.units import Duration
 from sapin.plugins.schedulers.least_connections import least
 
 
@@ -25,8 +26,8 @@ class Adaptive:
 
         port: int = Field(ge=1, le=65_535)
         """The agent's TCP port on every real server."""
-        interval: float = Field(default=5.0, ge=0.1, le=3_600)
-        """Seconds between two questions to an agent."""
+        interval: Duration = Field(default=5.0, ge=0.1, le=3_600)
+        """Time between two questions to an agent."""
 
     def __init__(self, config: Config) -> None:
         self.checks = (CheckSpec(PluginRef("agent", {"port": config.port}), interval=config.interval),)

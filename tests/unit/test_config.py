@@ -21,10 +21,9 @@ from sapin.core.schema import (
     CheckTable,
     PersistenceTable,
     parse_address,
-    parse_duration,
     parse_server_address,
-    parse_size,
 )
+from sapin.core.units import parse_duration, parse_size
 
 SCENARIOS = sorted((Path(__file__).parents[1] / "scenarios" / "config").glob("*.toml"))
 REGISTRY = Registry()
