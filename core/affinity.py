@@ -200,6 +200,7 @@ class AffinityTable(Generic[M]):
 
     def get(self, key: Key) -> M | None:
         """The member that the key is pinned to."""
+        # As Keys.slot, which would take as long to call as all of this takes.
         return self._members[self._owner[self._shards[hash(key) >> 50 & 255].get(key, 0)]]
 
     def find(self, keys: Iterable[Key]) -> Hit[M] | None:
@@ -228,7 +229,7 @@ class AffinityTable(Generic[M]):
         the pins touched after that second are listed.
         """
         end = min(start + limit, self._top + 1)
-        late = (slot for slot in range(start, end) if self._due[slot] > due_after)
+        late = (slot for slot in range(max(start, 1), end) if self._due[slot] > due_after)
         pins = tuple(pin for slot in late if (pin := self._pin(slot)) is not None)
         return Page(pins, end if end <= self._top else None)
 
@@ -260,7 +261,7 @@ class AffinityTable(Generic[M]):
         Raises:
             ValueError: no key, or one that is empty or longer than :data:`MAX_KEY_LENGTH`.
         """
-        self._place(keys, member, now, now + self.timeout, self._feed)
+        self._tell(self._place(keys, member, now, now + self.timeout))
 
     def adopt(self, member: M) -> None:
         """Makes this object stand for the member of the same name, whose pins it takes over."""
@@ -278,8 +279,8 @@ class AffinityTable(Generic[M]):
         """Removes all pins of the member at once, however many; answers how many. :meth:`sweep` is due then."""
         size = self._owners.retire(member.name)
         self._cleared += size
-        if size and self._feed is not None:
-            self._feed(Cleared(self.group, member.name))
+        if size:
+            self._tell([Cleared(self.group, member.name)])
         return size
 
     def sweep(self, limit: int) -> bool:
@@ -320,7 +321,7 @@ class AffinityTable(Generic[M]):
         for pin in pins:
             member = members.get(pin.server)
             if member is not None and pin.due > now:
-                self._place(pin.keys, member, pin.since, min(pin.due, latest), None)
+                self._place(pin.keys, member, pin.since, min(pin.due, latest))
                 restored += 1
         return restored
 
@@ -337,55 +338,61 @@ class AffinityTable(Generic[M]):
             return
         member = members.get(change.server)
         if isinstance(change, Put) and member is not None:
-            self._place(change.keys, member, change.since, now + self.timeout, None)
+            self._place(change.keys, member, change.since, now + self.timeout)
         else:
             self._detach(change.keys)
 
-    def _place(self, keys: Sequence[Key], member: M, since: int, due: int, feed: Feed | None) -> None:
+    def _place(self, keys: Sequence[Key], member: M, since: int, due: int) -> Sequence[Change]:
+        """Puts a pin; what that changed, yet to be told."""
         wanted = _checked(keys)
         slot = self._pinned(wanted)
         if slot:
-            self._change(slot, wanted, member, since, feed)
+            changes = self._change(slot, wanted, member, since)
         else:
-            slot = self._insert(wanted, member, since, feed)
+            slot = self._allocate()
+            changes = self._insert(slot, wanted, member, since)
         self._due[slot] = due
         self._wheel.file(slot, due)
+        return changes
+
+    def _tell(self, changes: Iterable[Change]) -> None:
+        if self._feed is not None:
+            for change in changes:
+                self._feed(change)
 
     def _pinned(self, keys: tuple[Key, ...]) -> int:
         """The pin of the first key that is pinned, or 0."""
         for key in keys:
-            slot = self._shards[hash(key) >> 50 & 255].get(key, 0)
+            slot = self._keys.slot(key)
             if self._members[self._owner[slot]] is not None:
                 return slot
         return 0
 
-    def _insert(self, keys: tuple[Key, ...], member: M, since: int, feed: Feed | None) -> int:
+    def _insert(self, slot: int, keys: tuple[Key, ...], member: M, since: int) -> Sequence[Change]:
+        self._since[slot] = since
         if self._owners.retired:
             self._detach(keys)
-        slot = self._allocate()
         self._keys.add(slot, keys)
         self._owners.give(slot, member)
-        self._since[slot] = since
         self._inserted += 1
-        if feed is not None:
-            feed(Put(self.group, keys, member.name, since))
-        return slot
+        return (Put(self.group, keys, member.name, since),)
 
-    def _change(self, slot: int, keys: tuple[Key, ...], member: M, since: int, feed: Feed | None) -> None:
+    def _change(self, slot: int, keys: tuple[Key, ...], member: M, since: int) -> Sequence[Change]:
         held = self._keys.of(slot)
         kept = _merge(held, keys)
         former = self._move(slot, member, since)
         if kept == held and not former:
-            return
-        displaced = tuple(key for key in held if key not in kept)
+            return ()
         robbed = self._detach(key for key in kept if key not in held)
         self._keys.remove(slot)
         self._keys.add(slot, kept)
-        if feed is not None:
-            if displaced:
-                feed(Removed(self.group, displaced, former or member.name, Cause.DISPLACED))
-            for pin in filter(None, map(self._pin, (slot, *robbed))):
-                feed(Put(self.group, pin.keys, pin.server, pin.since))
+        changes: list[Change] = []
+        displaced = tuple(key for key in held if key not in kept)
+        if displaced:
+            changes.append(Removed(self.group, displaced, former or member.name, Cause.DISPLACED))
+        pins = filter(None, map(self._pin, (slot, *robbed)))
+        changes.extend(Put(self.group, pin.keys, pin.server, pin.since) for pin in pins)
+        return changes
 
     def _move(self, slot: int, member: M, since: int) -> str | None:
         """Makes the member the owner of a pin; the name of the one before, if it was another."""
@@ -446,8 +453,8 @@ class AffinityTable(Generic[M]):
         member = self._members[self._owner[slot]]
         keys = self._release(slot)
         self._ended[cause] += 1
-        if self._feed is not None and member is not None:
-            self._feed(Removed(self.group, keys, member.name, cause))
+        if member is not None:
+            self._tell([Removed(self.group, keys, member.name, cause)])
 
     def _release(self, slot: int) -> tuple[Key, ...]:
         """Gives a slot back; the keys that it had."""

@@ -33,8 +33,8 @@ M = TypeVar("M", bound=Member)
 class Keys:
     """Which slot a key belongs to, and which keys a slot has.
 
-    The shards are chosen by high bits of the hash, because a dictionary places by the low ones. The
-    keys of a slot are one bytes object: the key itself where there is one, else each behind its length.
+    The shards are chosen by high bits of the hash, because a dictionary places by the low ones. The keys of
+    a slot are one bytes object: the key itself where there is one, else all of them, each behind its length.
     """
 
     __slots__ = ("_counts", "_packed", "shards")

@@ -151,6 +151,30 @@ def test_of_too_many_keys_at_once_the_strongest_count(rig: Rig) -> None:
     assert rig.told() == [Put("ike", tuple(keys[:MAX_KEYS]), "gw1", 1)]
 
 
+def test_keys_that_are_put_together_do_not_displace_each_other(rig: Rig) -> None:
+    held = tuple(b"k:%d" % i for i in range(MAX_KEYS))
+    rig.table.put(held, rig.gw1, 1)
+    rig.table.put([*held[1:], b"k:9"], rig.gw1, 1)
+    pin = rig.table.describe(held[1])
+    assert pin is not None
+    assert pin.keys == held
+    assert rig.table.get(b"k:9") is None
+
+
+def test_the_feed_finds_the_table_as_it_is_told() -> None:
+    seen = []
+    table: AffinityTable[Server] = AffinityTable(
+        "ike", 2, TIMEOUT, lambda c: seen.append((c, *table.pins().pins))
+    )
+    server = Server("gw1")
+    table.put([b"a:1"], server, 5)
+    table.remove(b"a:1")
+    assert seen == [
+        (Put("ike", (b"a:1",), "gw1", 5), Pin((b"a:1",), "gw1", 5, 5 + TIMEOUT)),
+        (Removed("ike", (b"a:1",), "gw1", Cause.DELETED),),
+    ]
+
+
 def test_a_pin_expires_after_its_last_touch(rig: Rig) -> None:
     rig.table.put([b"a:1"], rig.gw1, 1)
     rig.table.put([b"a:2", b"b:2"], rig.gw1, 1)
