@@ -77,7 +77,7 @@ def test_any_bytes(data: bytes) -> None:
     read(header("journal") + MARK + data)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(payloads, max_size=4))
 def test_any_payload_whose_checksum_is_right(payloads: list[bytes]) -> None:
     read(header("journal") + b"".join(map(framed, payloads)))
