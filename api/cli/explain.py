@@ -42,18 +42,13 @@ def _since(moment: float, now: float) -> str:
 
 def _by_flows(answer: Answer, now: float) -> Iterator[str]:
     flows = answer["flows"]
+    keys = {flow["key"] for flow in flows}
     servers = Counter(flow["server"] for flow in flows)
-    keys = {flow["key"]: flow for flow in flows}
-    if len(servers) == 1 and len(keys) == 1:
+    if len(keys) == 1 and len(servers) == 1:
         yield f"{_who(answer)} is on {flows[0]['server']} {_because(flows[0], now)}."
         return
     spread = ", ".join(f"{server} ({count})" for server, count in sorted(servers.items()))
-    yield f"{_who(answer)} has {len(flows)} flows, on {spread}."
-    yield from (
-        f"{key or 'a flow without a key'} is on {flow['server']} {_because(flow, now)}."
-        for key, flow in keys.items()
-        if key
-    )
+    yield f"{_who(answer)} has {len(flows)} flows with {len(keys)} keys, on {spread}; each key is pinned by itself."
 
 
 def _because(flow: Answer, now: float) -> str:

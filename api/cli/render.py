@@ -26,7 +26,8 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     """An empty table in the one style; what does not fit is folded, never cut."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        numeric = column in right
+        made.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return made
 
 
@@ -39,7 +40,7 @@ def status(answer: Answer) -> RenderableType:
     """Node, services, servers."""
     parts: list[RenderableType] = [*_node(answer), "", _services(answer)]
     for group in answer["groups"]:
-        parts += ["", _group_line(group), _servers(group, "rates_over" in answer)]
+        parts += ["", _group_line(group), _servers(group, "rates_over" in answer), *_checks(group)]
     if "rates_over" in answer:
         parts += ["", Text(f"Rates are those of the last {answer['rates_over']:.1f} s.", "dim")]
     return Group(*parts)
@@ -92,9 +93,7 @@ def _group_line(group: Answer) -> Text:
 
 def _servers(group: Answer, rates: bool) -> Table:
     right = ["Weight", "Pins", "Flows", "In", "Out", "Trip"]
-    made = table(
-        "Server", "Health", "State", "Weight", "Pins", "Flows", "In", "Out", "Trip", "Check", right=right
-    )
+    made = table("Server", "Health", "State", *right, right=right)
     for row in group["servers"]:
         made.add_row(
             row["name"],
@@ -105,7 +104,6 @@ def _servers(group: Answer, rates: bool) -> Table:
             f"{row['flows']:,}",
             *(_bits(row) if rates else _packets(row)),
             milliseconds(row["response_time"]),
-            _worst_check(row["checks"]),
         )
     return made
 
@@ -126,17 +124,24 @@ def _bits(row: Answer) -> tuple[str, str]:
     return bits(row["rates"]["bytes_in"]), bits(row["rates"]["bytes_out"])
 
 
-def _worst_check(checks: Sequence[Answer]) -> str:
-    order = ("unhealthy", "unknown", "healthy")
-    worst = min(checks, key=lambda check: order.index(check["health"]), default=None)
-    return f"{worst['check']}: {worst['reason']}" if worst else "no check"
+def _checks(group: Answer) -> Iterator[Text]:
+    """What the checks found, told once for servers of which they found the same."""
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in group["servers"]:
+        for each in row["checks"]:
+            key = (each["health"], each["check"], each["service"], each["reason"])
+            found.setdefault(key, []).append(row["name"])
+    for (health, name, service, reason), servers in found.items():
+        yield Text.assemble(
+            f"Check {name} of {service}: {', '.join(servers)} ", state(health), f", {reason}", style="dim"
+        )
 
 
 def flows(answer: Answer, now: float) -> Table:
     """The flows of an explained client."""
-    made = table("Service", "From port", "Server", "Since", "Key", right=("From port",))
+    made = table("Service", "Port", "Server", "Pinned since", "Key", right=("Port",))
     for row in answer["flows"]:
-        since = clock_time(row["opened"], now)
+        since = "-" if row["pinned_since"] is None else clock_time(row["pinned_since"], now)
         made.add_row(row["service"], str(row["port"]), row["server"], since, row["key"] or "-")
     return made
 

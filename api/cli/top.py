@@ -32,7 +32,7 @@ def watch(place: Path, interval: float, console: Console) -> None:
     try:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(Group(look.now(), "", Text(f"every {interval:g} s, q ends", "dim")), refresh=True)
+                live.update(Group(Text(f"every {interval:g} s, q ends", "dim"), "", look.now()), refresh=True)
                 if _pressed(keys, interval):
                     return
     except KeyboardInterrupt:

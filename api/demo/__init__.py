@@ -24,8 +24,11 @@ USUAL = 73
 """The second byte of the loopback addresses, unless something uses them already."""
 INTERRUPTED = 130
 NEXT = """
-Next: sapin init ikev2 --vip ADDRESS --server GATEWAY --server GATEWAY --output sapin.toml
-      sapin check sapin.toml, then sapin run sapin.toml; the README and docs/ say more."""
+Next, with addresses of your own:
+   sapin init ikev2 --vip ADDRESS --server GATEWAY --server GATEWAY > sapin.toml
+   sapin check sapin.toml
+   sapin run sapin.toml
+The README and docs/cli.md say more."""
 
 
 def run(*, keep: bool, fast: bool) -> int:

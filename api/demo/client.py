@@ -24,7 +24,7 @@ class State(Enum):
     """How a client fares."""
 
     TRYING = "connecting"
-    UP = "tunnel up"
+    UP = "with a tunnel"
     REFUSED = "refused"
     SILENT = "no answer"
 

@@ -41,6 +41,16 @@ class Result:
     what: str
     found: str
     ok: bool
+    """It is as it should be."""
+    warns: bool = False
+    """What should be is a failure: the example of how not to do it."""
+
+    @property
+    def style(self) -> str:
+        """The colour of what was found."""
+        if not self.ok:
+            return "bold red"
+        return "red" if self.warns else "green"
 
 
 class Screen:
@@ -49,7 +59,7 @@ class Screen:
     def __init__(self) -> None:
         self._console = Console(highlight=False, markup=False)
         self._started = time.monotonic()
-        self._title = ""
+        self._act = "starting"
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         terminal = self._console.is_terminal
         self._dot = "●" if terminal and self._console.encoding.startswith("utf") else "*"
@@ -66,7 +76,7 @@ class Screen:
 
     def act(self, title: str, *sentences: str) -> None:
         """A new act: its title, and what is going to happen."""
-        self._title = title
+        self._act = f"act {title.partition(' ')[0]}"
         self._print("")
         self._print(Text(title, "bold"))
         for sentence in sentences:
@@ -78,7 +88,7 @@ class Screen:
 
     def result(self, result: Result) -> None:
         """What an act has shown."""
-        self._print(self._timed(Text(result.found, "green" if result.ok else "bold red")))
+        self._print(self._timed(Text(result.found, result.style)))
 
     def summary(self, results: Sequence[Result]) -> None:
         """What all acts have shown."""
@@ -86,8 +96,8 @@ class Screen:
         self._print(Text("Summary", "bold"))
         width = max(len(result.what) for result in results) + 2
         for result in results:
-            what = Text(f"{result.what:<{width}}", "" if result.ok else "bold red")
-            self._print(self._beside(Text(" " * _INDENT) + what, Text(result.found, "bold"), _INDENT + width))
+            what = Text(f"{'':{_INDENT}}{result.what:{width}}")
+            self._print(self._beside(what, Text(result.found, result.style), len(what)))
 
     def say(self, text: str) -> None:
         """A line."""
@@ -109,8 +119,8 @@ class Screen:
         foot = Table.grid(expand=True)
         foot.add_column()
         foot.add_column(justify="right")
-        foot.add_row(Text(clients), Text(self._elapsed(), "dim"))
-        return Group("", Rule(Text(self._title, "dim"), style="dim", align="left"), made, "", foot)
+        foot.add_row(Text(clients), Text(f"{self._act}  {self._elapsed()}", "dim"))
+        return Group("", Rule(Text("The gateways now", "dim"), style="dim", align="left"), made, "", foot)
 
     def _elapsed(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)

@@ -79,6 +79,7 @@ class Story:
         for gateway in self._gateways:
             await self._nursery.start(gateway.run)
         self._configure(follows=False, persistence="source-address")
+        self._screen.draw(self._views(), "Sapin is starting")
         await self._balancer.start(self._nursery)
         self._nursery.start_soon(self._look)
         await self._until(lambda: len(self._healthy()) == GATEWAYS, "the health checks find all gateways")
@@ -129,8 +130,9 @@ class Story:
         connected = self._count(clients)
         self._conclude(
             "without following",
-            f"{connected} of {WAVE} connected: those whose two ports happened to meet",
+            f"{len(refused)} of {WAVE} failed; {connected} connected, whose two ports happened to meet",
             len(refused) > 0 and connected + len(refused) == WAVE,
+            warns=True,
         )
 
     async def _with_following(self) -> None:
@@ -298,8 +300,8 @@ class Story:
         if strict:
             raise DemoError(f"in {LIMIT:g} s it did not happen that {what}")
 
-    def _conclude(self, what: str, found: str, ok: bool) -> None:
-        result = Result(what, found, ok)
+    def _conclude(self, what: str, found: str, ok: bool, *, warns: bool = False) -> None:
+        result = Result(what, found, ok, warns)
         self.results.append(result)
         self._screen.result(result)
 
@@ -361,5 +363,5 @@ class Story:
     def _crowd(self) -> str:
         counts = Counter(client.state for client in self._clients)
         parts = [f"{counts[state]} {state.value}" for state in State if counts[state]]
-        down = "" if self._status else "Sapin is down; "
-        return f"{down}{len(self._clients)} clients" + (f": {', '.join(parts)}" if parts else "")
+        clients = f"{len(self._clients)} clients" + (f": {', '.join(parts)}" if parts else "")
+        return clients if self._status else f"Sapin is down; {clients}"
