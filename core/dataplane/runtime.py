@@ -230,6 +230,8 @@ class Dataplane:
         log.info("state restored", found=str(restored.report))
         for damage in restored.report.damaged:
             log.error("a state file is damaged; what it held since then is lost", file=str(damage))
+        if restored.report.refused:
+            log.error("records of the state make no sense and were left out", records=restored.report.refused)
         now = int(self.clock())
         for name, pins in restored.pins.items():
             group = self.snapshot.groups.get(name)
