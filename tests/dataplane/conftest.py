@@ -1,0 +1,45 @@
+"""Gateways that answer on loopback, and daemons that end with their test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.dataplane.farm import Daemon, Document, Farm
+
+
+@pytest.fixture
+async def farm(tmp_path: Path) -> AsyncIterator[Farm]:
+    """Three gateways that run."""
+    async with trio.open_nursery() as nursery:
+        farm = Farm(tmp_path / "state", nursery, ("gw1", "gw2", "gw3"), "127.9.1.")
+        farm.start()
+        yield farm
+        farm.close()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Makes daemons."""
+    made: list[Daemon] = []
+
+    def make(document: Document, **options: Any) -> Daemon:
+        made.append(Daemon(document, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(autouse=True)
+def _thaw() -> Iterator[None]:
+    """A running dataplane freezes the garbage collector's view of the whole process."""
+    yield
+    gc.unfreeze()
