@@ -18,6 +18,7 @@ from random import Random
 from typing import NamedTuple
 
 from sapin.core.contracts import Datagram, Key, Request, key
+from sapin.core.registry import told
 from sapin.core.snapshot import Group, Member, Pool
 
 MAX_KEY_LENGTH = 64
@@ -78,13 +79,21 @@ def keys_of(group: Group, datagram: Datagram, now: float) -> Sequence[Key]:
         return (key("client", datagram.client.address),)
     try:
         keys = hosted.plugin.keys(datagram)
-        if len(keys) > MAX_KEYS or not all(type(k) is bytes and 0 < len(k) <= MAX_KEY_LENGTH for k in keys):
-            raise ValueError(f"not at most {MAX_KEYS} keys of 1 to {MAX_KEY_LENGTH} bytes: {keys!r:.200}")
+        if not _are_keys(keys):
+            raise ValueError(f"not a tuple or list of up to {MAX_KEYS} keys: {keys!r:.100}")
     except Exception as error:
-        hosted.fault(f"{type(error).__name__}: {error}", now)
+        hosted.fault(told(error), now)
         return (key("client", datagram.client.address),)
     hosted.faults.in_a_row = 0
     return keys
+
+
+def _are_keys(keys: object) -> bool:
+    return (
+        isinstance(keys, (tuple, list))
+        and len(keys) <= MAX_KEYS
+        and all(type(k) is bytes and 0 < len(k) <= MAX_KEY_LENGTH for k in keys)
+    )
 
 
 def _pick(pool: Pool, request: Request, now: float) -> tuple[Member, Reason]:
@@ -97,7 +106,7 @@ def _pick(pool: Pool, request: Request, now: float) -> tuple[Member, Reason]:
                 return chosen, Reason.SCHEDULED
             raise LookupError(f"{chosen!r:.100} is not a candidate")
         except Exception as error:
-            hosted.fault(f"{type(error).__name__}: {error}", now)
+            hosted.fault(told(error), now)
     return fallback(pool), Reason.FALLBACK
 
 

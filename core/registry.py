@@ -22,6 +22,8 @@ FAULT_LIMIT = 5
 """Faults in a row until a plugin is suspended."""
 SUSPENSION = 60.0
 """Seconds that a suspended plugin is left alone before it is tried again."""
+TOLD = 200
+"""Characters that are kept of what a plugin says."""
 
 _CONTRACTS: Mapping[str, tuple[str, int]] = {
     "scheduler": ("pick", 2),
@@ -155,6 +157,15 @@ class Registry:
         except Exception as error:
             raise PluginError(f"{kind} plugin {ref.plugin!r} cannot be used: {error}") from error
         return Hosted(kind, ref.plugin, ref.options, plugin)
+
+
+def told(error: BaseException) -> str:
+    """What an exception of a plugin says, even if it cannot tell itself, in :data:`TOLD` characters at most."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "it has no text"
+    return f"{type(error).__name__}: {text}"[:TOLD]
 
 
 def _lifecycle(plugin: object, step: str) -> None:
