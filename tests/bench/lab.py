@@ -88,6 +88,8 @@ class Lab:
 
     remark = "loopback without root: no direct path over veth, forwarder and load share the stack"
     vip = "127.1.0.1"
+    back = vip
+    """The balancer's address towards the servers."""
     servers = ("127.2.0.11", "127.2.0.12", "127.2.0.13")
     service = Ports(10500, 14500)
     client = Ports(20500, 24500)
@@ -123,6 +125,7 @@ class Namespaces(Lab):
 
     remark = ""
     vip = "198.18.0.1"
+    back = "10.60.0.1"
     servers = ("10.60.0.11", "10.60.0.12", "10.60.0.13")
     service = client = Ports(500, 4500)
     _first_client = IPv4Address("198.19.0.1")
@@ -144,13 +147,13 @@ class Namespaces(Lab):
         self._join(("balancer", "inside"), ("servers", "wire"))
         self._address("clients", "wire", "198.18.0.254/24")
         self._address("balancer", "outside", f"{self.vip}/24")
-        self._address("balancer", "inside", "10.60.0.1/24")
+        self._address("balancer", "inside", f"{self.back}/24")
         for server in self.servers:
             self._address("servers", "wire", f"{server}/24")
         self._route("clients", "local", "198.19.0.0/16", "dev", "lo")
         self._route("clients", "default", "via", self.vip)
         self._route("balancer", "198.19.0.0/16", "via", "198.18.0.254")
-        self._route("servers", "default", "via", "10.60.0.1")
+        self._route("servers", "default", "via", self.back)
         with self.inside("balancer"):
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65535")

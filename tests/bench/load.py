@@ -38,6 +38,8 @@ SUPER = 65_536
 NUMBERS = 50_000_000
 """Sequence numbers of a stream: each begins above all that came before, so that stragglers are known as such."""
 ESTABLISH_TIMEOUT = 5.0
+QUIET, QUIET_LIMIT = 0.1, 3.0
+"""Seconds without a packet after which a forwarder's queues are empty, and how long to wait for that."""
 ANY = "0.0.0.0"
 
 
@@ -220,6 +222,15 @@ class Load:
                             self._peers[spi] = number, Endpoint.unpack(self.incoming.source(slot))
                     self.incoming.echo(sink.fileno(), count)
             self.drain([client])
+
+    def quiet(self) -> None:
+        """Wait until nothing arrives any more that an earlier scenario left in a forwarder's queue."""
+        end = time.monotonic() + QUIET_LIMIT
+        still = time.monotonic() + QUIET
+        while time.monotonic() < min(still, end):
+            if self.drain([*self.sinks_ike, *self.sinks_natt, self.client_ike, self.client_natt]):
+                still = time.monotonic() + QUIET
+            time.sleep(QUIET / 10)
 
     def upward(self, mix: Mix) -> list[Stream]:
         """ESP from clients to servers."""

@@ -50,7 +50,7 @@ def _effort(quick: bool) -> Effort:
     return Effort(seconds=2.0, warm_up=0.4, round_trips=2_000, new_flows=flows)
 
 
-WIDTH = 150
+WIDTH = 180
 """Columns of the table where there is no terminal."""
 
 Scenario = Callable[[Load, Running, Effort], Figures]
@@ -173,6 +173,7 @@ def _run(
     gc.collect()
     gc.disable()
     try:
+        load.quiet()
         results.add(name, scenario(load, running, effort))
         running.check()
     except TimeoutError as error:

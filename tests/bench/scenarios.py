@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from forwarders import Running
 from load import BATCH, FIRST, Load, Mix, Pace, Stream
@@ -42,14 +43,14 @@ class Effort:
     new_flows: int
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure that is reported."""
+class Metric(NamedTuple):
+    """A figure that is reported; those of one group stand together."""
 
     name: str
-    title: str
+    group: str
+    figure: str
     unit: str
-    lower_is_better: bool
+    lower_is_better: bool = False
 
 
 def metrics() -> Sequence[Metric]:
@@ -57,37 +58,36 @@ def metrics() -> Sequence[Metric]:
     found = []
     for name in (*MIXES, "down"):
         found += [
-            Metric(f"{name}_cpu", f"{name}: CPU per packet", "µs", True),
-            Metric(f"{name}_rate", "  throughput", "k/s", False),
-            Metric(f"{name}_loss", "  lost", "%", True),
-            Metric(f"{name}_busy", "  busy", "%", False),
+            Metric(f"{name}_cpu", name, "CPU per packet", "µs", True),
+            Metric(f"{name}_rate", name, "throughput", "k/s"),
+            Metric(f"{name}_loss", name, "lost", "%", True),
+            Metric(f"{name}_busy", name, "busy", "%"),
+        ]
+    for size in GSO_SIZES:
+        found += [
+            Metric(f"gso{size}_cpu", f"GSO {size:,}", "CPU per packet", "µs", True),
+            Metric(f"gso{size}_rate", f"GSO {size:,}", "throughput", "k/s"),
+            Metric(f"gso{size}_busy", f"GSO {size:,}", "busy", "%"),
+        ]
+    found += [
+        Metric("paced_rate", "paced", "offered", "k/s"),
+        Metric("paced_loss", "paced", "lost", "packets", True),
+        Metric("paced_disorder", "paced", "out of order", "packets", True),
+        Metric("paced_cpu", "paced", "CPU per packet", "µs", True),
+        Metric("trip_p50", "round trip", "p50", "µs", True),
+        Metric("trip_p99", "round trip", "p99", "µs", True),
+        Metric("trip_cpu", "round trip", "CPU", "µs", True),
+    ]
+    for name, group in (("first", "new flows, first packet"), ("reply", "new flows, request and reply")):
+        found += [
+            Metric(f"{name}_rate", group, "rate", "k/s"),
+            Metric(f"{name}_cpu", group, "CPU per flow", "µs", True),
+            Metric(f"{name}_lost", group, "lost", "packets", True),
         ]
     return [
         *found,
-        Metric("paced_rate", "paced: sent", "k/s", False),
-        Metric("paced_loss", "  lost", "packets", True),
-        Metric("paced_disorder", "  out of order", "packets", True),
-        Metric("paced_cpu", "  CPU per packet", "µs", True),
-        Metric("trip_p50", "round trip p50", "µs", True),
-        Metric("trip_p99", "  p99", "µs", True),
-        Metric("trip_cpu", "  CPU per round trip", "µs", True),
-        Metric("first_rate", "new flows, first packet", "k/s", False),
-        Metric("first_cpu", "  CPU per flow", "µs", True),
-        Metric("first_lost", "  lost", "packets", True),
-        Metric("reply_rate", "new flows, request and reply", "k/s", False),
-        Metric("reply_cpu", "  CPU per flow", "µs", True),
-        Metric("reply_lost", "  lost", "packets", True),
-        Metric("memory", "memory (RSS) that 10,000 flows added", "MiB", True),
-        Metric("memory_all", "  with them, in all", "MiB", True),
-        *(
-            metric
-            for size in GSO_SIZES
-            for metric in (
-                Metric(f"gso{size}_rate", f"GSO {size:,}: throughput", "k/s", False),
-                Metric(f"gso{size}_cpu", "  CPU per packet", "µs", True),
-                Metric(f"gso{size}_busy", "  busy", "%", False),
-            )
-        ),
+        Metric("memory", "memory (RSS)", "10,000 flows", "MiB", True),
+        Metric("memory_all", "memory (RSS)", "all, with them", "MiB", True),
     ]
 
 
@@ -100,7 +100,7 @@ def legend() -> Sequence[str]:
         f"GSO: {BULK.flows} flows, clients send super-packets of {SEGMENTS} datagrams of so many bytes",
         "CPU per packet: user and system time of all processes for a packet that came through;",
         "the kernel's work within a send, up to the receiver's socket, counts for the sender",
-        "busy: CPU used, of the time in which no other program held the CPU; below 95 the load was the limit",
+        "busy: CPU used, of the time in which no other program held the CPU; well below 100 the load was the limit",
     ]
 
 
