@@ -30,9 +30,9 @@ def parse_key(text: str) -> Key:
     try:
         if not colon:
             raise ValueError
-        if kind in _ADDRESS:
+        if kind in _ADDRESS and ("." in value or ":" in value):
             raw = ip_address(value).packed
-        elif kind == "tuple":
+        elif kind == "tuple" and "/" in value:
             address, port, service = value.split("/")
             raw = ip_address(address).packed + int(port).to_bytes(2) + int(service).to_bytes(2)
         else:
