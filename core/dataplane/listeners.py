@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from ipaddress import IPv4Address, ip_address
 
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, ancillary
@@ -99,7 +100,8 @@ def _bind(
 ) -> socket.SocketType:
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+        with suppress(OSError):  # a kernel before 5.0 gives every datagram singly
+            sock.setsockopt(SOL_UDP, UDP_GRO, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DONT)
