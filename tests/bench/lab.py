@@ -132,7 +132,9 @@ class Namespaces(Lab):
 
     def __init__(self) -> None:
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._names = {side: f"sapin-{os.getpid()}-{side}" for side in ("clients", "balancer", "servers")}
+        self._names = {
+            side: f"sapin-bench-{os.getpid()}-{side}" for side in ("clients", "balancer", "servers")
+        }
 
     def build(self) -> None:
         """Make namespaces, links, addresses and routes.

@@ -197,12 +197,14 @@ def _number(value: float) -> str:
 
 
 def plot(results: Results, path: Path) -> bool:
-    """Draw the main figures as bars; ``False`` without matplotlib."""
+    """Draw the main figures as bars; ``False`` without matplotlib, or figures."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 -- the figures do not need it
     except ImportError:
         return False
     drawn = [_METRICS[name] for name in PLOTTED if name in results.figures]
+    if not drawn:
+        return False
     columns = 3
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
