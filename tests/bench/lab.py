@@ -72,6 +72,7 @@ class Sender:
         self._sock.close()
 
 
+PREFIX = "sapin-bench-"
 MACS = {
     ("clients", "wire"): "02:00:00:00:00:01",
     ("balancer", "outside"): "02:00:00:00:00:02",
@@ -132,16 +133,17 @@ class Namespaces(Lab):
 
     def __init__(self) -> None:
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._names = {
-            side: f"sapin-bench-{os.getpid()}-{side}" for side in ("clients", "balancer", "servers")
-        }
+        self._names = {side: f"{PREFIX}{os.getpid()}-{side}" for side in ("clients", "balancer", "servers")}
 
     def build(self) -> None:
-        """Make namespaces, links, addresses and routes.
+        """Make namespaces, links, addresses and routes; remove what a run that was killed has left.
 
         Raises:
             LabError: ``ip`` refused a step.
         """
+        for left in Path("/run/netns").glob(f"{PREFIX}*"):
+            if not Path("/proc", left.name.removeprefix(PREFIX).partition("-")[0]).exists():
+                _ip("netns", "delete", left.name)
         for name in self._names.values():
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")

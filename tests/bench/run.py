@@ -187,9 +187,8 @@ def _save(results: Results, path: Path, console: Console) -> None:
     path.write_text(json.dumps(results.as_json(), indent=2) + "\n")
     picture = path.with_suffix(".png")
     drawn = plot(results, picture)
-    console.print(
-        f"figures: {path}" + (f", plot: {picture}" if drawn else " (no plot: matplotlib is not installed)")
-    )
+    console.print(f"figures: {path}")
+    console.print(f"plot: {picture}" if drawn else "no plot: it takes matplotlib, and figures")
 
 
 if __name__ == "__main__":
