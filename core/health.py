@@ -30,11 +30,12 @@ class CheckState:
         """
         if self.health is Health.UNKNOWN and healthy:
             return replace(self, health=Health.HEALTHY, streak=0)
-        if healthy == (self.health is Health.HEALTHY):
+        found = Health.HEALTHY if healthy else Health.UNHEALTHY
+        if found is self.health:
             return self if self.streak == 0 else replace(self, streak=0)
         streak = self.streak + 1
         if streak >= (self.rise if healthy else self.fall):
-            return replace(self, health=Health.HEALTHY if healthy else Health.UNHEALTHY, streak=0)
+            return replace(self, health=found, streak=0)
         return replace(self, streak=streak)
 
 
