@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any, Generic, TypeVar
 
+import structlog
 from pydantic import BaseModel
 
 from sapin.core.contracts import KINDS
@@ -33,6 +34,8 @@ _CONTRACTS: Mapping[str, tuple[str, int]] = {
 }
 
 P = TypeVar("P")
+
+log = structlog.get_logger("sapin.plugins")
 
 
 class PluginError(Exception):
@@ -76,8 +79,11 @@ class Hosted(Generic[P]):
         return True
 
     def close(self) -> None:
-        """Let it give back what it holds."""
-        _lifecycle(self.plugin, "close")
+        """Let it give back what it holds. Whoever closes it goes on if it cannot: that is logged."""
+        try:
+            _lifecycle(self.plugin, "close")
+        except Exception as error:
+            log.error("plugin cannot be closed", kind=self.kind, plugin=self.name, error=told(error))
 
 
 class Registry:
@@ -146,16 +152,14 @@ class Registry:
         """
         cls = self.load(kind, ref.plugin)
         model = self.config_model(kind, ref.plugin)
+        unusable = f"{kind} plugin {ref.plugin!r} cannot be used"
+        if model is None and ref.options:
+            raise PluginError(f"{unusable}: it takes no options, but got {', '.join(sorted(ref.options))}")
         try:
-            if model is not None:
-                plugin = cls(model.model_validate(dict(ref.options)))
-            elif ref.options:
-                raise ValueError(f"it takes no options, but got {', '.join(sorted(ref.options))}")
-            else:
-                plugin = cls()
+            plugin = cls() if model is None else cls(model.model_validate(dict(ref.options)))
             _lifecycle(plugin, "open")
         except Exception as error:
-            raise PluginError(f"{kind} plugin {ref.plugin!r} cannot be used: {error}") from error
+            raise PluginError(f"{unusable}: {told(error)}") from error
         return Hosted(kind, ref.plugin, ref.options, plugin)
 
 
@@ -184,6 +188,8 @@ def _check_contract(kind: str, name: str, cls: object) -> None:
         raise PluginError(f"{kind} plugin {name!r} ({cls.__qualname__}) has no method {method}()")
     try:
         signature(function).bind(*([None] * (arity + 1)))
+    except ValueError:
+        return  # written in C, without a signature: there is nothing to look at
     except TypeError as error:
         raise PluginError(
             f"{kind} plugin {name!r}: {cls.__qualname__}.{method}() must take {arity} arguments: {error}"
