@@ -1,0 +1,93 @@
+"""Upstream ports: none is given twice, and one that was given back rests as long as can be."""
+
+from __future__ import annotations
+
+from collections import deque
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sapin.core.dataplane.ports import PortPool
+
+LOW, HIGH = 20_000, 20_007
+PORTS = set(range(LOW, HIGH + 1))
+
+
+def drained(pool: PortPool) -> list[int]:
+    return list(iter(pool.take, None))
+
+
+@given(st.integers(1, 65_535), st.integers(0, 300), st.integers())
+def test_every_port_is_given_once_from_a_random_one_on(low: int, more: int, seed: int) -> None:
+    high = min(65_535, low + more)
+    given = drained(PortPool(low, high, (), Random(seed)))
+    start = given[0]
+    assert given == [*range(start, high + 1), *range(low, start)]
+
+
+def test_the_first_port_depends_on_the_random_source() -> None:
+    first = {PortPool(16_384, 65_535, (), Random(seed)).take() for seed in range(20)}
+    assert len(first) > 15
+
+
+@given(st.sets(st.integers(LOW - 2, HIGH + 2)))
+def test_ports_in_use_are_not_given(used: set[int]) -> None:
+    assert set(drained(PortPool(LOW, HIGH, used, Random(1)))) == PORTS - used
+
+
+def test_a_port_in_use_at_first_is_given_once_it_is_free() -> None:
+    pool = PortPool(LOW, HIGH, PORTS, Random(1))
+    assert pool.take() is None
+    pool.give(LOW + 3)
+    assert [pool.take(), pool.take()] == [LOW + 3, None]
+
+
+def test_a_port_outside_of_the_range_is_not_kept() -> None:
+    """A restored flow may have one, if a former version had another range."""
+    pool = PortPool(LOW, HIGH, {HIGH + 1}, Random(1))
+    pool.give(HIGH + 1)
+    assert set(drained(pool)) == PORTS
+
+
+def test_a_pool_that_was_empty_goes_on() -> None:
+    pool = PortPool(LOW, LOW, (), Random(1))
+    for _ in range(3):
+        assert [pool.take(), pool.take()] == [LOW, None]
+        pool.give(LOW)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against its rule: never used yet, from the first on; then the longest unused."""
+
+    @initialize(used=st.sets(st.integers(LOW, HIGH)), seed=st.integers())
+    def begin(self, used: set[int], seed: int) -> None:
+        self.pool = PortPool(LOW, HIGH, used, Random(seed))
+        start = Random(seed).randint(LOW, HIGH)
+        self.free = deque(p for p in [*range(start, HIGH + 1), *range(LOW, start)] if p not in used)
+        self.taken = list(used)
+
+    @rule()
+    def take(self) -> None:
+        port = self.pool.take()
+        assert port == (self.free.popleft() if self.free else None)
+        if port is not None:
+            assert port not in self.taken
+            self.taken.append(port)
+
+    @precondition(lambda self: self.taken)
+    @rule(which=st.integers(0, 7))
+    def give(self, which: int) -> None:
+        port = self.taken.pop(which % len(self.taken))
+        self.pool.give(port)
+        self.free.append(port)
+
+    @invariant()
+    def no_port_is_lost(self) -> None:
+        if hasattr(self, "free"):
+            assert {*self.free, *self.taken} == PORTS
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30)
