@@ -39,17 +39,6 @@ from scenarios import (
 )
 
 BUILD = Path(__file__).parents[2] / "build" / "bench"
-NEW_FLOWS = 10_000
-
-
-def _effort(quick: bool) -> Effort:
-    """How much to measure; no more new flows than there are file descriptors for pen, which takes two for each."""
-    flows = min(NEW_FLOWS, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2)
-    if quick:
-        return Effort(seconds=0.6, warm_up=0.2, round_trips=500, new_flows=flows)
-    return Effort(seconds=2.0, warm_up=0.4, round_trips=2_000, new_flows=flows)
-
-
 WIDTH = 180
 """Columns of the table where there is no terminal."""
 
@@ -86,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     privileged = os.geteuid() == 0 and not options.loopback and shutil.which("ip") is not None
     chosen = _chosen(options.only, privileged, console)
-    effort = _effort(options.quick)
+    effort = _effort(options)
     results = Results(machine(), remarks=[])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load_cpu, forwarder_cpu = _cpus(results)
@@ -119,11 +108,25 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one short round, about a minute")
     parser.add_argument("--rounds", type=int, help="rounds to take the median of (3; quick: 1)")
+    parser.add_argument("--seconds", type=float, help="of each scenario (2; quick: 0.6)")
+    parser.add_argument("--flows", type=int, default=10_000, help="new flows to set up (10000)")
     parser.add_argument("--only", default="", help="forwarders, separated by commas")
     parser.add_argument("--loopback", action="store_true", help="do without namespaces, as without root")
     parser.add_argument("--json", type=Path, default=BUILD / "bench.json", help="where the figures go")
     parser.add_argument("--quote", type=Path, help="a page whose quoted run is to be replaced by this one")
     return parser.parse_args(arguments)
+
+
+def _effort(options: argparse.Namespace) -> Effort:
+    """How much to measure; no more new flows than there are file descriptors for pen, which takes two for each."""
+    seconds = options.seconds or (0.6 if options.quick else 2.0)
+    possible = (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2
+    return Effort(
+        seconds=seconds,
+        warm_up=seconds / 5,
+        round_trips=int(seconds * 1000),
+        new_flows=min(options.flows, possible),
+    )
 
 
 def _chosen(only: str, privileged: bool, console: Console) -> Sequence[Forwarder]:
