@@ -16,6 +16,7 @@ from sapin.core.affinity import (
     Put,
     Removed,
 )
+from sapin.core.slots import Keys
 
 TIMEOUT = 100
 
@@ -173,6 +174,18 @@ def test_the_feed_finds_the_table_as_it_is_told() -> None:
         (Put("ike", (b"a:1",), "gw1", 5), Pin((b"a:1",), "gw1", 5, 5 + TIMEOUT)),
         (Removed("ike", (b"a:1",), "gw1", Cause.DELETED),),
     ]
+
+
+def test_a_slot_has_the_keys_that_it_was_given_until_they_are_removed() -> None:
+    keys = Keys(3)
+    for given in [(b"a:1",), (b"a:1", b"", b"b:" + bytes(253))]:
+        assert keys.of(2) == ()
+        keys.add(2, given)
+        assert keys.of(2) == given
+        assert [keys.slot(key) for key in given] == [2] * len(given)
+        assert keys.remove(2) == given
+        assert [keys.slot(key) for key in given] == [0] * len(given)
+    assert keys.remove(2) == ()
 
 
 def test_a_pin_expires_after_its_last_touch(rig: Rig) -> None:

@@ -69,6 +69,10 @@ def test_filing_for_later_changes_nothing_and_for_earlier_moves() -> None:
     wheel.file(1, 20)
     wheel.file(1, 15)
     assert list(wheel.due(FAR, 100)) == [(1, 15)]
+    wheel.file(1, 20)
+    wheel.file(2, 20)
+    wheel.file(1, 20)
+    assert list(wheel.due(FAR, 100)) == [(1, 20), (2, 20)]
 
 
 def test_work_is_bounded_and_the_rest_is_still_there() -> None:
