@@ -18,8 +18,6 @@ import sys
 from array import array
 from collections.abc import MutableSequence, Sequence
 
-SLOTS = 64
-"""Datagrams per batch: enough to amortise the call, few enough to keep a round below a millisecond."""
 UDP_SEGMENT = 103
 UDP_GRO = 104
 """From linux/udp.h; Python's socket module does not have them before 3.14."""
@@ -61,19 +59,23 @@ class Batch:
 
     Args:
         family: ``AF_INET`` or ``AF_INET6``.
+        slots: how many datagrams there is room for.
         control: whether received control data is wanted (segment sizes, local addresses).
     """
 
-    def __init__(self, family: socket.AddressFamily, *, control: bool = True) -> None:
+    def __init__(self, family: socket.AddressFamily, slots: int, *, control: bool = True) -> None:
         self.family = family
+        self.slots = slots
         self._namelen = 16 if family == socket.AF_INET else 28
-        self._memory = bytearray(SLOTS * _STRIDE)
-        self._names = bytearray(SLOTS * _NAME)
-        self._control = bytearray(SLOTS * _CONTROL)
-        self._iov = array("Q", bytes(SLOTS * 2 * _Q))
-        self._headers = array("Q", bytes(SLOTS * _HEADER))
+        self._memory = bytearray(self.slots * _STRIDE)
+        self._names = bytearray(self.slots * _NAME)
+        self._control = bytearray(self.slots * _CONTROL)
+        self._iov = array("Q", bytes(self.slots * 2 * _Q))
+        self._headers = array("Q", bytes(self.slots * _HEADER))
         self._wanted_control = _CONTROL if control else 0
-        self.views = [memoryview(self._memory)[i * _STRIDE : i * _STRIDE + _BUFFER] for i in range(SLOTS)]
+        self.views = [
+            memoryview(self._memory)[i * _STRIDE : i * _STRIDE + _BUFFER] for i in range(self.slots)
+        ]
         """The slots' buffers."""
         self._cut_at: list[int] = []
         self._cuts: list[memoryview] = []
@@ -81,7 +83,7 @@ class Batch:
 
     def _lay_out(self) -> None:
         memory, names, control, iov = map(_address, (self._memory, self._names, self._control, self._iov))
-        for i in range(SLOTS):
+        for i in range(self.slots):
             self._iov[2 * i] = memory + i * _STRIDE
             self._iov[2 * i + 1] = _BUFFER
             base = i * _WORDS
@@ -98,10 +100,10 @@ class Batch:
         self._iovlens = memoryview(self._iov)[1::2]
         self._name_words = memoryview(self._names).cast("Q")[:: _NAME // _Q]
         self._first_words = memoryview(self._memory).cast("I")[:: _STRIDE // 4]
-        self._full_name = array("Q", [self._namelen] * SLOTS)
-        self._full_control = array("Q", [self._wanted_control] * SLOTS)
-        self._full_buffer = array("Q", [_BUFFER] * SLOTS)
-        self._no_control = array("Q", bytes(SLOTS * _Q))
+        self._full_name = array("Q", [self._namelen] * self.slots)
+        self._full_control = array("Q", [self._wanted_control] * self.slots)
+        self._full_buffer = array("Q", [_BUFFER] * self.slots)
+        self._no_control = array("Q", bytes(self.slots * _Q))
 
     # receiving
 
@@ -114,7 +116,7 @@ class Batch:
         self._namelens[:] = self._full_name
         self._controllens[:] = self._full_control
         self._iovlens[:] = self._full_buffer
-        count: int = _recvmmsg(fd, ctypes.c_void_p(self._vector), SLOTS, _MSG_DONTWAIT, None)
+        count: int = _recvmmsg(fd, ctypes.c_void_p(self._vector), self.slots, _MSG_DONTWAIT, None)
         if count >= 0:
             return count
         code = ctypes.get_errno()

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 UNCONFIRMED = 30
 """Seconds that an unconfirmed flow is kept (conntrack's value for unreplied UDP)."""
+NO_PATH_MTU = {
+    socket.AF_INET: (socket.IPPROTO_IP, 10, 0),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 0),
+}
+"""The socket option IP_MTU_DISCOVER, IP_PMTUDISC_DONT (linux/in.h): datagrams leave without DF, and one that is too
+long for its path is fragmented, not answered by an error. See also RFC 4301 section 8.2.1."""
 _BIND_TRIES = 8
 
 Peer = int | bytes
@@ -289,6 +295,7 @@ def _upstream(family: socket.AddressFamily, port: int, endpoint: Address) -> soc
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(*NO_PATH_MTU[family])
         sock.bind(("", port))
         sock.connect(endpoint)
     except OSError:

@@ -14,13 +14,11 @@ from contextlib import suppress
 from ipaddress import IPv4Address, ip_address
 
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, ancillary
-from sapin.core.dataplane.flows import Counters, Flow, Peer
+from sapin.core.dataplane.flows import NO_PATH_MTU, Counters, Flow, Peer
 from sapin.core.model import Endpoint, IPAddress, VirtualService
 
 IP_PKTINFO = 8
 """From linux/in.h."""
-IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0
-IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DONT = 23, 0
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 MAX_LOCALS = 256
 """Local addresses that one wildcard service may be reached at."""
@@ -104,10 +102,7 @@ def _bind(
             sock.setsockopt(SOL_UDP, UDP_GRO, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DONT)
-        else:
-            # Without DF, as a tunnel's outer packet through unknown paths should be; see also RFC 4301 section 8.
-            sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        sock.setsockopt(*NO_PATH_MTU[family])
         if service.address.is_unspecified:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if wildcard and family == socket.AF_INET6:

@@ -2,13 +2,15 @@
 
 The prober only runs and times them; what results add up to is :mod:`sapin.core.health`, and who is told is
 the writer. A check that raises something else than ``OSError`` is at fault itself: that is counted and
-says nothing about the server.
+says nothing about the server. Neither does a shortage of this node, of file descriptors for example. What was
+found stands when a reload changes a check's options, and when the checks had to be started again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import errno
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import NamedTuple
 
@@ -28,12 +30,15 @@ MIN_WAKE = 0.25
 """Seconds between two runs of a check, however often its server is suspect."""
 SPREAD = 0.2
 """Seconds over which first runs are spread."""
+_OUR_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 log = structlog.get_logger("sapin.checks")
 
 
 Id = tuple[str, str, int]
 """A probe's service, server, and number among the service's checks."""
+Place = tuple[str, str]
+"""A group and a server, which have one health."""
 
 
 class Probe(NamedTuple):
@@ -50,6 +55,16 @@ class Probe(NamedTuple):
     def id(self) -> Id:
         """What it is known by."""
         return self.service, self.target.server, self.number
+
+    @property
+    def place(self) -> Place:
+        """Whose health it tells."""
+        return self.group, self.target.server
+
+    @property
+    def subject(self) -> tuple[Target, str]:
+        """What it looks at, and by which plugin."""
+        return self.target, self.spec.ref.plugin
 
 
 @dataclass(slots=True)
@@ -80,13 +95,15 @@ class Prober:
         self._writer = writer
         self._registry = registry
         self._random = random
-        self._tasks: dict[Id, _Task] = {}
+        self._tasks: dict[Place, dict[Id, _Task]] = {}
+        self._known: dict[Id, Finding] = {}
+        """What tasks that are no more have found."""
         self._changed = trio.Event()
 
     @property
     def findings(self) -> Sequence[Finding]:
         """What is known, per probe."""
-        return [task.finding for task in self._tasks.values()]
+        return [task.finding for tasks in self._tasks.values() for task in tasks.values()]
 
     def apply(self, old: Snapshot, new: Snapshot) -> None:
         """Have the tasks follow the new snapshot."""
@@ -100,6 +117,7 @@ class Prober:
 
     async def run(self) -> None:
         """Run the checks until cancelled."""
+        self._known |= {finding.probe.id: finding for finding in self.findings}
         self._tasks.clear()
         async with trio.open_nursery() as nursery:
             while True:
@@ -108,17 +126,21 @@ class Prober:
                 await self._changed.wait()
 
     def _reconcile(self, nursery: trio.Nursery) -> None:
-        wanted = {probe.id: probe for probe in probes(self._writer.snapshot)}
-        for known, task in list(self._tasks.items()):
-            if task.finding.probe != wanted.get(known):
-                task.scope.cancel()
-                del self._tasks[known]
+        snapshot = self._writer.snapshot
+        wanted = {probe.id: probe for probe in probes(snapshot)}
+        for finding in self.findings:
+            probe = finding.probe
+            if probe != wanted.get(probe.id):
+                self._known[probe.id] = finding
+                self._tasks[probe.place].pop(probe.id).scope.cancel()
         for probe in wanted.values():
-            if probe.id not in self._tasks:
+            if probe.id not in self._tasks.get(probe.place, ()):
                 self._start(probe, nursery)
-        for group in self._writer.snapshot.groups.values():
+        self._known.clear()
+        for group in snapshot.groups.values():
             for server in group.members:
                 self._tell(group.name, server)
+        self._tasks = {place: tasks for place, tasks in self._tasks.items() if tasks}
 
     def _start(self, probe: Probe, nursery: trio.Nursery) -> None:
         try:
@@ -128,8 +150,14 @@ class Prober:
                 "check cannot be used", service=probe.service, server=probe.target.server, reason=str(error)
             )
             return
-        task = _Task(Finding(probe, hosted, CheckState(probe.spec.rise, probe.spec.fall)))
-        self._tasks[probe.id] = task
+        finding = Finding(probe, hosted, CheckState(probe.spec.rise, probe.spec.fall))
+        before = self._known.get(probe.id)
+        if before is not None and before.probe.subject == probe.subject:
+            finding.state = replace(finding.state, health=before.state.health)
+            finding.last, finding.checked_at = before.last, before.checked_at
+            finding.asked, finding.share = before.asked, before.share
+        task = _Task(finding)
+        self._tasks.setdefault(probe.place, {})[probe.id] = task
         nursery.start_soon(self._keep_checking, task)
 
     async def _keep_checking(self, task: _Task) -> None:
@@ -165,6 +193,10 @@ class Prober:
         except trio.TooSlowError:
             result = CheckResult(False, f"no answer within {spec.timeout:g} s")
         except OSError as error:
+            if error.errno in _OUR_SHORTAGES:
+                standing = finding.state.health is not Health.UNHEALTHY
+                finding.last = CheckResult(standing, f"could not be checked: {error.strerror}")
+                return
             result = CheckResult(False, error.strerror or str(error))
         except Exception as error:
             self._fault(finding, f"{type(error).__name__}: {error}", started)
@@ -196,7 +228,7 @@ class Prober:
                 health=str(finding.state.health),
                 reason=result.reason,
             )
-        self._tell(probe.group, probe.target.server)
+        self._tell(*probe.place)
 
     def _fault(self, finding: Finding, error: str, now: float) -> None:
         suspended = finding.hosted.fault(error, now)
@@ -217,17 +249,8 @@ class Prober:
         health = combine(f.state.health for f in findings)
         self._writer.set_health(group, server, health, asked, share)
 
-    def _of(self, group: str, server: str) -> list[_Task]:
-        tasks = self._tasks.values()
-        return [
-            t for t in tasks if t.finding.probe.group == group and t.finding.probe.target.server == server
-        ]
-
-    def _is_timekeeper(self, finding: Finding) -> bool:
-        """Whether it is the first check of its server that measures a round trip: different checks do not mix."""
-        of_server = self._of(finding.probe.group, finding.probe.target.server)
-        measuring = [t.finding for t in of_server if t.finding.last and t.finding.last.round_trip is not None]
-        return measuring[:1] == [finding]
+    def _of(self, group: str, server: str) -> Collection[_Task]:
+        return self._tasks.get((group, server), {}).values()
 
     def _member(self, probe: Probe) -> Member | None:
         group = self._writer.snapshot.groups.get(probe.group)

@@ -41,7 +41,8 @@ TICK = 10
 REPORT = 60
 """Seconds between two reports of drops or plugin faults."""
 RESTART = (0.01, 5.0)
-"""Seconds until a part that failed is started again: at first, and at most."""
+"""Seconds until a part that failed is started again: at first, and at most. One that has run for longer than the
+most before it failed counts as failing for the first time."""
 THAW = 3600
 """Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
 
@@ -137,11 +138,14 @@ class Dataplane:
 
     async def _supervise(self, name: str, task: Callable[[], Awaitable[None]]) -> None:
         """Run a part that must not take the others with it: what fails is logged, counted and started again."""
-        pause, longest = RESTART
+        shortest, longest = RESTART
+        pause = shortest
         while True:
+            began = trio.current_time()
             try:
                 await task()
             except Exception:
+                pause = pause if trio.current_time() - began < longest else shortest
                 self.failures[name] += 1
                 log.exception("a part of the dataplane failed and is started again", part=name, seconds=pause)
             await trio.sleep(pause)

@@ -10,78 +10,87 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from sapin.core.dataplane.batch import MAX_GSO_BYTES, MAX_SEGMENTS, SOL_UDP, UDP_SEGMENT
 
-_SEGMENT = struct.Struct("H")
 _CANNOT_SEGMENT = (errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP)
 
 
 class Run(NamedTuple):
-    """Slots whose datagrams go out together; ``segment`` is their size, 0 for one datagram as it is."""
+    """Buffers that go out together; ``segment`` is the size of a datagram, 0 for one datagram as it is."""
 
-    slots: list[int]
+    buffers: Sequence[memoryview]
     segment: int
 
 
-def runs(slots: Sequence[int], sizes: Sequence[int], segments: Sequence[int] | None) -> Iterator[Run]:
-    """Cut the slots of a flow into runs. ``segments`` as :meth:`~.batch.Batch.segments` gives it."""
-    run: list[int] = []
-    size = total = 0
-    for slot in slots:
-        length = sizes[slot]
-        merged = segments is not None and segments[slot]
-        if run and (
-            merged
-            or length > size
-            or not length
-            or len(run) >= MAX_SEGMENTS
-            or total + length > MAX_GSO_BYTES
-        ):
-            yield Run(run, size if len(run) > 1 else 0)
+def runs(datagrams: Sequence[memoryview], segments: Sequence[int] | None) -> Iterator[Run]:
+    """Cut the datagrams of a flow into runs.
+
+    ``segments`` has the segment size of each that the kernel merged from several, else 0; ``None``: it merged none.
+    """
+    if segments is None:
+        sizes = set(map(len, datagrams))
+        size = len(datagrams[0])
+        if len(sizes) == 1 and 0 < size * len(datagrams) <= MAX_GSO_BYTES and len(datagrams) <= MAX_SEGMENTS:
+            yield Run(datagrams, size if len(datagrams) > 1 else 0)
+            return
+    yield from _cut(datagrams, segments or [0] * len(datagrams))
+
+
+def _cut(datagrams: Sequence[memoryview], segments: Sequence[int]) -> Iterator[Run]:
+    run: list[memoryview] = []
+    size = 0
+    for datagram, merged in zip(datagrams, segments, strict=True):
+        length = len(datagram)
+        if run and (merged or length > size or not length or not _has_room(run, size, length)):
+            yield _run(run, size)
             run = []
         if merged:
-            yield Run([slot], merged if merged < length else 0)
+            yield Run([datagram], merged if merged < length else 0)
             continue
         if not run:
-            size, total = length, 0
-        run.append(slot)
-        total += length
+            size = length
+        run.append(datagram)
         if length < size:
-            yield Run(run, size)
+            yield _run(run, size)
             run = []
     if run:
-        yield Run(run, size if len(run) > 1 else 0)
+        yield _run(run, size)
 
 
-def pieces(run: Run, views: Sequence[memoryview], sizes: Sequence[int]) -> Iterator[memoryview]:
+def _has_room(run: Sequence[memoryview], size: int, length: int) -> bool:
+    return len(run) < MAX_SEGMENTS and len(run) * size + length <= MAX_GSO_BYTES
+
+
+def _run(run: Sequence[memoryview], size: int) -> Run:
+    return Run(run, size if len(run) > 1 else 0)
+
+
+def pieces(run: Run) -> Iterator[memoryview]:
     """The single datagrams of a run, for when they must be sent one by one."""
-    for slot in run.slots:
-        size = sizes[slot]
-        step = run.segment or size
-        for at in range(0, size, step) if size else (0,):
-            yield views[slot][at : min(at + step, size)]
+    for buffer in run.buffers:
+        step = run.segment or max(1, len(buffer))
+        for at in range(0, max(1, len(buffer)), step):
+            yield buffer[at : at + step]
 
 
-def send_run(
-    sock: socket.SocketType,
-    address: tuple[str, int] | None,
-    run: Run,
-    views: Sequence[memoryview],
-    sizes: Sequence[int],
-) -> bool:
+def send_run(sock: socket.SocketType, address: tuple[str, int] | None, run: Run) -> bool:
     """Send a run; false if the kernel or the path cannot segment it, and nothing was sent.
 
     Raises:
         OSError: the socket cannot send at all.
     """
-    buffers = [views[slot][: sizes[slot]] for slot in run.slots]
-    control = [(SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(run.segment))] if run.segment else []
     try:
-        sock.sendmsg(buffers, control, 0, address)
+        sock.sendmsg(run.buffers, _control(run.segment), 0, address)
     except OSError as error:
         if run.segment and error.errno in _CANNOT_SEGMENT:
             return False
         raise
     return True
+
+
+@lru_cache(maxsize=4096)
+def _control(segment: int) -> Sequence[tuple[int, int, bytes]]:
+    return [(SOL_UDP, UDP_SEGMENT, struct.pack("H", segment))] if segment else []

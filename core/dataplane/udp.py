@@ -19,8 +19,8 @@ from random import Random
 import trio
 
 from sapin.core.dataplane.admission import Admission
-from sapin.core.dataplane.batch import SLOTS, SOL_UDP, UDP_GRO, Batch, peer_address
-from sapin.core.dataplane.flows import Address, Flow, FlowTable
+from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, Batch, peer_address
+from sapin.core.dataplane.flows import Address, Flow, FlowTable, Peer
 from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address
 from sapin.core.dataplane.segments import Run, pieces, runs, send_run
 from sapin.core.journal import Record
@@ -30,12 +30,15 @@ from sapin.core.snapshot import Snapshot
 HOLD = 0.001
 """Seconds that the forwarder may keep the loop while there is traffic; epoll counts in milliseconds."""
 EVENTS = 128
-"""Sockets that one round looks at."""
+"""Sockets that one round looks at, and datagrams from servers that leave together."""
+RECEIVED = 256
+"""Datagrams that one round takes from a listener. The more there are, the more of them belong to one flow and leave
+together; the fewer, the sooner other sockets have their turn."""
 BULK = 256
 """Datagrams from a server between two looks at its client: from then on the flow is read in batches."""
 
 _IPV4, _IPV6 = socket.AF_INET, socket.AF_INET6
-_ALL_IKE, _NO_IKE = [0] * SLOTS, [1] * SLOTS
+_ALL_IKE, _NO_IKE = [0] * RECEIVED, [1] * RECEIVED
 
 
 class Forwarder:
@@ -65,8 +68,8 @@ class Forwarder:
         self._suspect = suspect
         self._clock = clock
         self._epoll = select.epoll()
-        self._inbox = {_IPV4: Batch(_IPV4), _IPV6: Batch(_IPV6)}
-        self._outbox = {_IPV4: Batch(_IPV4, control=False), _IPV6: Batch(_IPV6, control=False)}
+        self._inbox = {family: Batch(family, RECEIVED) for family in (_IPV4, _IPV6)}
+        self._outbox = {f: Batch(f, EVENTS, control=False) for f in (_IPV4, _IPV6)}
         self._listeners: dict[int, Listener] = {}
         self.flows = FlowTable(self._epoll, journal, random, descriptors, ports)
         self.admission = Admission(self.flows, suspect, random, int(clock()))
@@ -143,8 +146,7 @@ class Forwarder:
                 flows = ready.setdefault(listener, [])
             flows.append(flow)
         for listener, flows in ready.items():
-            for at in range(0, len(flows), SLOTS):
-                self._from_servers(listener, flows[at : at + SLOTS])
+            self._from_servers(listener, flows)
         for listener in listeners:
             if listener.wildcard:
                 self._from_strangers(listener)
@@ -165,52 +167,54 @@ class Forwarder:
         segments = batch.segments(count)
         heads = _heads(listener, batch, count)
         admit, tick, flows = self.admission.admit, self.admission.tick, listener.flows
+        datagrams = batch.datagrams(sizes)
         if segments is not None or len(set(peers)) < count:
-            self._in_runs(listener, batch, peers, sizes, segments, heads)
+            self._in_runs(listener, peers, datagrams, segments, heads)
             return
-        for peer, data, size, head in zip(peers, batch.datagrams(sizes), sizes, heads, strict=False):
+        for peer, datagram, size, head in zip(peers, datagrams, sizes, heads, strict=False):
             flow = flows.get(peer)
             if flow is None or flow.tick != tick or not head:
-                flow = admit(listener, peer, flow, data)
+                flow = admit(listener, peer, flow, datagram)
                 if flow is None:
                     continue
             counters = flow.counters
             counters.packets_in += 1
             counters.bytes_in += size
             try:
-                flow.sock.send(data)
+                flow.sock.send(datagram)
             except OSError as error:
-                self._unsent(flow, error, data)
+                self._unsent(flow, error, datagram)
         self._flush()
 
     def _in_runs(
         self,
         listener: Listener,
-        batch: Batch,
-        peers: Sequence[int | bytes],
-        sizes: Sequence[int],
+        peers: Sequence[Peer],
+        datagrams: Sequence[memoryview],
         segments: Sequence[int] | None,
         heads: Sequence[int],
     ) -> None:
         """A batch in which a flow has several datagrams: those of a flow leave together."""
-        admit, tick, flows, views = self.admission.admit, self.admission.tick, listener.flows, batch.views
-        waiting: dict[Flow, list[int]] = {}
+        admit, tick, flows = self.admission.admit, self.admission.tick, listener.flows
+        waiting: dict[Flow, list[memoryview]] = {}
+        merged: dict[Flow, list[int]] = {}
         for slot, peer in enumerate(peers):
             flow = flows.get(peer)
             if flow is None or flow.tick != tick or not heads[slot]:
-                flow = admit(listener, peer, flow, views[slot][: sizes[slot]])
+                flow = admit(listener, peer, flow, datagrams[slot])
                 if flow is None:
                     continue
-            slots = waiting.get(flow)
-            if slots is None:
-                waiting[flow] = [slot]
+            if flow in waiting:
+                waiting[flow].append(datagrams[slot])
             else:
-                slots.append(slot)
-        for flow, slots in waiting.items():
+                waiting[flow] = [datagrams[slot]]
+            if segments is not None:
+                merged.setdefault(flow, []).append(segments[slot])
+        for flow, run in waiting.items():
             counters = flow.counters
-            counters.packets_in += len(slots)
-            counters.bytes_in += sum([sizes[slot] for slot in slots])
-            self._send_runs(flow, None, runs(slots, sizes, segments), views, sizes)
+            counters.packets_in += len(run)
+            counters.bytes_in += sum(map(len, run))
+            self._send_runs(flow, None, runs(run, merged.get(flow)))
         self._flush()
 
     def _from_strangers(self, wildcard: Listener) -> None:
@@ -221,19 +225,22 @@ class Forwarder:
         except OSError:
             self._drops["receive-error"] += 1
             return
-        peers, sizes, segments = batch.peers(count), batch.sizes(count), batch.segments(count)
+        peers, datagrams, segments = (
+            batch.peers(count),
+            batch.datagrams(batch.sizes(count)),
+            batch.segments(count),
+        )
         for slot, control in enumerate(batch.controls(count)):
             listener = self._local(wildcard, control)
             if listener is None:
                 self._drops["no-local-address"] += 1
                 continue
-            peer = peers[slot]
-            view = batch.views[slot][: sizes[slot]]
-            flow = self.admission.admit(listener, peer, listener.flows.get(peer), view)
+            peer, datagram = peers[slot], datagrams[slot]
+            flow = self.admission.admit(listener, peer, listener.flows.get(peer), datagram)
             if flow is not None:
                 flow.counters.packets_in += 1
-                flow.counters.bytes_in += sizes[slot]
-                self._send_runs(flow, None, runs([slot], sizes, segments), batch.views, sizes)
+                flow.counters.bytes_in += len(datagram)
+                self._send_runs(flow, None, runs([datagram], segments and [segments[slot]]))
         self._flush()
 
     def _local(self, wildcard: Listener, control: bytes) -> Listener | None:
@@ -299,35 +306,30 @@ class Forwarder:
         except OSError as error:
             self._upstream_error(flow, error)
             return
-        sizes, segments = batch.sizes(count), batch.segments(count)
+        if not count:
+            return
+        sizes = batch.sizes(count)
         flow.answers += count
         flow.counters.packets_out += count
         flow.counters.bytes_out += sum(sizes)
         address, port = peer_address(flow.peer)
         client = (str(ip_address(address)), port)
-        self._send_runs(flow, client, runs(range(count), sizes, segments), batch.views, sizes)
+        self._send_runs(flow, client, runs(batch.datagrams(sizes), batch.segments(count)))
 
     # both ways
 
-    def _send_runs(
-        self,
-        flow: Flow,
-        client: Address | None,
-        all_runs: Iterable[Run],
-        views: Sequence[memoryview],
-        sizes: Sequence[int],
-    ) -> None:
+    def _send_runs(self, flow: Flow, client: Address | None, all_runs: Iterable[Run]) -> None:
         """Send runs to the server, or through the listener's socket to the client."""
         sock = flow.sock if client is None else flow.listener.sock
         for run in all_runs:
             try:
-                if (flow.segment or not run.segment) and send_run(sock, client, run, views, sizes):
+                if (flow.segment or not run.segment) and send_run(sock, client, run):
                     continue
             except OSError as error:
                 self._unsent(flow, error)
                 continue
             flow.segment = False
-            for piece in pieces(run, views, sizes):
+            for piece in pieces(run):
                 try:
                     sock.sendmsg([piece], (), 0, client)
                 except OSError as error:
