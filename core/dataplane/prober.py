@@ -252,6 +252,12 @@ class Prober:
     def _of(self, group: str, server: str) -> Collection[_Task]:
         return self._tasks.get((group, server), {}).values()
 
+    def _is_timekeeper(self, finding: Finding) -> bool:
+        """Whether it is the first check of its server that measures a round trip: different checks do not mix."""
+        of_server = self._of(*finding.probe.place)
+        measuring = [t.finding for t in of_server if t.finding.last and t.finding.last.round_trip is not None]
+        return measuring[:1] == [finding]
+
     def _member(self, probe: Probe) -> Member | None:
         group = self._writer.snapshot.groups.get(probe.group)
         return group.members.get(probe.target.server) if group else None

@@ -6,7 +6,6 @@ socket that the machine opens meanwhile takes them.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
@@ -15,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import count
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, NamedTuple
@@ -26,10 +24,10 @@ from trio.testing import wait_all_tasks_blocked
 from sapin.api import client
 from sapin.core import ike
 from sapin.core.config import parse
+from sapin.core.dataplane.batch import peer_address
 from sapin.core.dataplane.flows import Flow
 from sapin.core.dataplane.runtime import UPSTREAM_PORTS, Dataplane
 from sapin.core.registry import Registry
-from sapin.core.writer import Overrides
 
 VIP = "127.9.0.1"
 IKE, NATT = "ike", "ike-natt"
@@ -208,12 +206,20 @@ class Farm:
     def document(self, *, vip: str = VIP, **leader: Any) -> Document:
         """A configuration of the two services, to be changed at will; ``leader`` has keys of the first one."""
         servers = [{"name": each.name, "address": each.address} for each in self.gateways.values()]
-        first = {"name": IKE, "address": vip, "port": self.ports[IKE], "framing": IKE, "real_servers": servers}
+        first = {
+            "name": IKE,
+            "address": vip,
+            "port": self.ports[IKE],
+            "framing": IKE,
+            "real_servers": servers,
+        }
         second = {"name": NATT, "address": vip, "port": self.ports[NATT], "framing": NATT, "follows": IKE}
         node = {"name": "lb", "state_dir": str(self.state_dir), "max_pins": 1000}
         return {"node": node, "virtual_services": [{**first, **leader}, second]}
 
-    def client(self, service: str = IKE, *, host: str = VIP, source: str = "", source_port: int = 0) -> Client:
+    def client(
+        self, service: str = IKE, *, host: str = VIP, source: str = "", source_port: int = 0
+    ) -> Client:
         """A new client of a service."""
         opened = Client(host, self.ports[service], source, source_port)
         self._clients.append(opened)
@@ -270,14 +276,12 @@ async def settle() -> None:
 async def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
     """Wait until it is true."""
     with trio.fail_after(patience):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # what is waited for knows nothing of events
             await trio.sleep(0.005)
 
 
 def flow_of(plane: Dataplane, client: Client) -> Flow:
     """The only flow of the client's port."""
-    from sapin.core.dataplane.batch import peer_address
-
     (found,) = [flow for flow in plane.forwarder.flows if peer_address(flow.peer)[1] == client.port]
     return found
 

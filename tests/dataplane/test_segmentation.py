@@ -175,7 +175,10 @@ async def test_a_flow_without_segmentation_sends_one_by_one(farm: Farm, plane: D
 async def test_a_kernel_without_gro_is_served_too(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux before 5.0 does not know the option."""
     unknown = 9_999
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(OSError, match="not available"):
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        pytest.raises(OSError, match="not available"),
+    ):
         sock.setsockopt(SOL_UDP, unknown, 1)
     monkeypatch.setattr(listeners, "UDP_GRO", unknown)
     async with running(farm.document()):

@@ -106,7 +106,8 @@ def test_more_than_the_slots_hold_is_left_for_the_next_time(
         far.sendto(data, near.getsockname())
     received = []
     for expected in (SLOTS, 3, 0):
-        assert (count := batch.receive(near.fileno())) == expected
+        count = batch.receive(near.fileno())
+        assert count == expected
         received += [bytes(data) for data in batch.datagrams(batch.sizes(count))]
     assert received == sent
 
@@ -305,7 +306,9 @@ SLOT_SIZES = st.lists(st.integers(0, 3) | st.integers(0, 65_507), min_size=1, ma
 def test_runs_hold_every_datagram_once_in_order_and_within_the_kernels_bounds(
     data: st.DataObject, sizes: list[int]
 ) -> None:
-    merged = [data.draw(st.integers(0, 1500)) if size > 1 and data.draw(st.booleans()) else 0 for size in sizes]
+    merged = [
+        data.draw(st.integers(0, 1500)) if size > 1 and data.draw(st.booleans()) else 0 for size in sizes
+    ]
     segments = data.draw(st.sampled_from([None, merged]))
     found = list(runs(range(len(sizes)), sizes, segments))
     assert [slot for run in found for slot in run.slots] == list(range(len(sizes)))
@@ -328,7 +331,9 @@ def test_the_pieces_of_runs_are_the_datagrams_that_were_sent(data: st.DataObject
         for at in (range(0, size, segment or size) if size else (0,))
     ]
     received = [
-        bytes(piece) for run in runs(range(len(sizes)), sizes, segments) for piece in pieces(run, views, sizes)
+        bytes(piece)
+        for run in runs(range(len(sizes)), sizes, segments)
+        for piece in pieces(run, views, sizes)
     ]
     assert received == sent
 
@@ -337,5 +342,3 @@ def test_equal_datagrams_leave_as_one_run() -> None:
     assert list(runs(range(4), [5, 5, 5, 3], None)) == [Run([0, 1, 2, 3], 5)]
     assert list(runs(range(3), [3, 5, 5], None)) == [Run([0], 0), Run([1, 2], 5)]
     assert list(runs([0, 2], [9, 1, 0], None)) == [Run([0], 0), Run([2], 0)]
-
-
