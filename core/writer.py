@@ -69,20 +69,21 @@ class Writer:
 
         Raises:
             PluginError: a plugin cannot be used; nothing has changed.
+            OSError: there is no memory for a table of pins; nothing has changed.
         """
         old = self.snapshot
         made: list[Hosted[Any]] = []
         try:
-            plugins = {
-                name: self._plugins(services, old.groups.get(name), made)
+            parts = {
+                name: self._parts(services, old.groups.get(name), config.node.max_pins, made)
                 for name, services in config.groups().items()
             }
-        except PluginError:
+        except BaseException:
             for hosted in made:
                 hosted.close()
             raise
         groups = {
-            name: self._group(services, plugins[name], old.groups.get(name), config.node.max_pins)
+            name: self._group(services, parts[name], old.groups.get(name))
             for name, services in config.groups().items()
         }
         self._overrides = {
@@ -141,7 +142,10 @@ class Writer:
         if not member.keeps:
             group.table.clear(member)
         old = self.snapshot
-        pools = {v: Pool(_candidates(group.members, v), pool.scheduler) for v, pool in group.pools.items()}
+        pools = {
+            v: Pool(_candidates(group.members, v, pool.candidates), pool.scheduler)
+            for v, pool in group.pools.items()
+        }
         groups = {**old.groups, group.name: replace(group, pools=pools)}
         self._publish(Snapshot(old.version + 1, old.config, groups, _services(groups)))
 
@@ -150,10 +154,13 @@ class Writer:
         for subscriber in self._subscribers:
             subscriber(old, new)
 
-    def _plugins(
-        self, services: tuple[VirtualService, ...], old: Group | None, made: list[Hosted[Any]]
-    ) -> _Plugins:
-        """The group's plugins, the old ones where their options are as before; new ones go to ``made`` too."""
+    def _parts(
+        self, services: tuple[VirtualService, ...], old: Group | None, max_pins: int, made: list[Hosted[Any]]
+    ) -> _Parts:
+        """What may fail of a group: its table, and its plugins, of which new ones go to ``made`` too.
+
+        They are the old ones where they are there, and their options are as before.
+        """
 
         def plugin(kind: str, ref: PluginRef, kept: Hosted[Any] | None) -> Hosted[Any]:
             if kept is not None and (kept.name, kept.options) == (ref.plugin, ref.options):
@@ -163,27 +170,28 @@ class Writer:
 
         leader, followers = services[0], services[1:]
         pools, following = (old.pools, old.following) if old else ({}, {})
+        timeout = math.ceil(leader.pin_timeout)
+        table = old.table if old else AffinityTable[Member](leader.name, max_pins, timeout, self._feed)
         schedulers: dict[int, Hosted[Scheduler]] = {
             v: plugin("scheduler", leader.scheduler, pools[v].scheduler if v in pools else None)
             for v in sorted({server.address.version for server in leader.real_servers})
         }
         persistence = plugin("persistence", leader.persistence, old.persistence if old else None)
         following = {s.name: plugin("following", s.following, following.get(s.name)) for s in followers}
-        return _Plugins(schedulers, persistence, following, _endpoints(services, following))
+        return _Parts(schedulers, persistence, following, _endpoints(services, following), table)
 
-    def _group(
-        self, services: tuple[VirtualService, ...], plugins: _Plugins, old: Group | None, max_pins: int
-    ) -> Group:
-        """The group with its plugins; members and pins are the old ones where they still apply."""
+    def _group(self, services: tuple[VirtualService, ...], parts: _Parts, old: Group | None) -> Group:
+        """The group of these parts; members and pins are the old ones where they still apply."""
         leader = services[0]
-        timeout = math.ceil(leader.pin_timeout)
-        table = old.table if old else AffinityTable[Member](leader.name, max_pins, timeout, self._feed)
-        table.timeout = timeout
+        schedulers, persistence, following, endpoints, table = parts
+        table.timeout = math.ceil(leader.pin_timeout)
         members = {server.name: self._member(leader, server, old) for server in leader.real_servers}
-        pools = {v: Pool(_candidates(members, v), scheduler) for v, scheduler in plugins.schedulers.items()}
-        return Group(
-            services, members, pools, plugins.persistence, plugins.following, plugins.endpoints, table
-        )
+        before = old.pools if old is not None and _weights(old.leader) == _weights(leader) else {}
+        pools = {
+            v: Pool(_candidates(members, v, before[v].candidates if v in before else ()), scheduler)
+            for v, scheduler in schedulers.items()
+        }
+        return Group(services, members, pools, persistence, following, endpoints, table)
 
     def _member(self, leader: VirtualService, server: RealServer, old: Group | None) -> Member:
         """The live record of a server; a server that has moved to another address is another one."""
@@ -202,11 +210,12 @@ class Writer:
         return member
 
 
-class _Plugins(NamedTuple):
+class _Parts(NamedTuple):
     schedulers: Mapping[int, Hosted[Scheduler]]
     persistence: Hosted[Persistence]
     following: Mapping[str, Hosted[Following]]
     endpoints: Mapping[str, Mapping[str, Endpoint]]
+    table: AffinityTable[Member]
 
 
 def plugins_of(group: Group) -> Iterator[Hosted[Any]]:
@@ -217,8 +226,16 @@ def plugins_of(group: Group) -> Iterator[Hosted[Any]]:
     yield from group.following.values()
 
 
-def _candidates(members: Mapping[str, Member], version: int) -> tuple[Member, ...]:
-    return tuple(member for member in members.values() if member.takes and member.version == version)
+def _candidates(
+    members: Mapping[str, Member], version: int, before: tuple[Member, ...]
+) -> tuple[Member, ...]:
+    """Who takes new clients; ``before`` itself if that is the same, since schedulers compare by identity."""
+    found = tuple(member for member in members.values() if member.takes and member.version == version)
+    return before if found == before else found
+
+
+def _weights(service: VirtualService) -> Mapping[str, int]:
+    return {server.name: server.weight for server in service.real_servers}
 
 
 def _services(groups: Mapping[str, Group]) -> Mapping[str, ServiceView]:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
 
 from sapin.core.contracts import KINDS, Candidate, Client, Datagram, Key, Request, key
 from sapin.core.ike import Kind
@@ -107,6 +109,68 @@ def follower(service: VirtualService, name: str = "ike-natt", **changes: Any) ->
     """A virtual service on UDP 4500 that follows the other."""
     settings: dict[str, Any] = {"port": 4500, "framing": Framing.NATT, "checks": ()}
     return replace(service, name=name, follows=service.name, **(settings | changes))
+
+
+class Living:
+    """A plugin of any kind whose life is recorded, and that fails as its options say."""
+
+    lives: ClassVar[Lives]
+
+    class Config(BaseModel, extra="forbid"):
+        size: int = 0
+        unopenable: bool = False
+        unclosable: bool = False
+        endpoint: Literal["fine", "raises", "nonsense"] = "fine"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def open(self) -> None:
+        if self.config.unopenable:
+            raise OSError("no such file")
+        self.lives.open.append(self)
+
+    def close(self) -> None:
+        self.lives.open.remove(self)
+        self.lives.closed.append(self)
+        if self.config.unclosable:
+            raise OSError("busy")
+
+    def pick(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        return candidates[0]
+
+    def keys(self, datagram: Datagram) -> Sequence[Key]:
+        return (key("src", datagram.client.address),)
+
+    def endpoint(self, server: RealServer, leader: VirtualService, follower: VirtualService) -> Any:
+        if self.config.endpoint == "raises":
+            raise LookupError(server.name)
+        if self.config.endpoint == "nonsense":
+            return str(server.address), follower.port
+        return Endpoint(server.address, follower.port)
+
+
+class Lives:
+    """Which living plugins are open, and which were closed; they are registered as ``living``."""
+
+    def __init__(self) -> None:
+        self.open: list[Living] = []
+        self.closed: list[Living] = []
+        cls = type("Living", (Living,), {"lives": self})
+        self.registry = registry(
+            **{kind: {"living": cls} for kind in ("scheduler", "persistence", "following")}
+        )
+
+
+def own(**options: Any) -> PluginRef:
+    """A living plugin of these options."""
+    return PluginRef("living", options)
+
+
+def living(*real_servers: RealServer, name: str = "ike", **changes: Any) -> VirtualService:
+    """A virtual service all of whose plugins are living ones."""
+    plugins = {"scheduler": own(), "persistence": own(), "following": own()}
+    return leader(*(real_servers or servers("gw1", "gw2")), name=name, **(plugins | changes))
 
 
 def config(*services: VirtualService, **node: Any) -> Config:
