@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -186,6 +187,16 @@ def test_a_slot_has_the_keys_that_it_was_given_until_they_are_removed() -> None:
         assert keys.remove(2) == given
         assert [keys.slot(key) for key in given] == [0] * len(given)
     assert keys.remove(2) == ()
+
+
+def test_a_key_that_was_removed_takes_no_memory() -> None:
+    keys = Keys(3)
+    key = b"a:" + bytes(20)
+    before = sys.getrefcount(key)
+    keys.add(2, (key,))
+    assert sys.getrefcount(key) > before
+    keys.remove(2)
+    assert sys.getrefcount(key) == before
 
 
 def test_a_pin_expires_after_its_last_touch(rig: Rig) -> None:
