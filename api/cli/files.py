@@ -62,7 +62,7 @@ def run(
     try:
         daemon.run(path)
     except daemon.StartError as error:
-        fail(str(error))
+        fail(_remedied(error, path))
     except ConfigError as error:
         typer.echo(error, err=True)
         fail(_refusal(path, error.faults))
@@ -79,7 +79,7 @@ def check(file: File = None, as_json: AsJson = False) -> None:
     try:
         config = daemon.load(path, Registry())
     except daemon.StartError as error:
-        fail(str(error))
+        fail(_remedied(error, path))
     except ConfigError as error:
         if as_json:
             print_json({"valid": False, "faults": [describe.fault(fault) for fault in error.faults]})
@@ -90,6 +90,10 @@ def check(file: File = None, as_json: AsJson = False) -> None:
         print_json({"valid": True, **describe.as_data(config)})
     else:
         show(*describe.summary(path, config))
+
+
+def _remedied(error: Exception, path: Path) -> str:
+    return str(error) if path.exists() else f"{error}; `sapin init ikev2` writes one to start from"
 
 
 def _refusal(path: Path, faults: tuple[Fault, ...]) -> str:

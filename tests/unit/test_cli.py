@@ -126,7 +126,10 @@ def test_the_file_that_is_checked_may_come_from_the_environment(
 
 def test_a_file_that_is_not_there(folder: Path) -> None:
     result = sapin("check", folder / "none.toml", code=1)
-    assert result.stderr == f"sapin: {folder / 'none.toml'} cannot be read: No such file or directory\n"
+    assert result.stderr == (
+        f"sapin: {folder / 'none.toml'} cannot be read: No such file or directory; "
+        "`sapin init ikev2` writes one to start from\n"
+    )
     assert str(common.DEFAULT_CONFIG) in sapin("check", code=1).stderr
 
 
