@@ -96,8 +96,9 @@ def local_address(control: bytes) -> IPAddress | None:
 def _bind(
     service: VirtualService, endpoint: Endpoint, family: socket.AddressFamily, wildcard: bool
 ) -> socket.SocketType:
-    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock = None
     try:
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         with suppress(OSError):  # a kernel before 5.0 gives every datagram singly
             sock.setsockopt(SOL_UDP, UDP_GRO, 1)
         if family == socket.AF_INET6:
@@ -111,7 +112,8 @@ def _bind(
             sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         sock.bind((str(endpoint.address), endpoint.port))
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         remedy = _REMEDY.get(error.errno or 0)
         raise ListenError(
             f"virtual service {service.name!r} cannot listen on UDP {endpoint}: {error.strerror}"

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 from structlog.testing import capture_logs
 
-from tests.dataplane.farm import Daemon, Document, Farm
+from tests.dataplane.farm import Daemon, Document, Farm, gateways
+
+GATEWAYS = {f"gw{number}": f"127.9.1.{number}" for number in (1, 2, 3)}
 
 
 @pytest.fixture
 async def farm(tmp_path: Path) -> AsyncIterator[Farm]:
     """Three gateways that run."""
-    async with trio.open_nursery() as nursery:
-        farm = Farm(tmp_path / "state", nursery, ("gw1", "gw2", "gw3"), "127.9.1.")
-        farm.start()
+    async with gateways(tmp_path / "state", GATEWAYS) as farm:
         yield farm
-        farm.close()
-        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, NamedTuple
@@ -142,6 +143,8 @@ class Client:
         self.sock = trio.socket.socket(family(host), socket.SOCK_DGRAM)
         plain: socket.socket = self.sock._sock  # type: ignore[attr-defined]
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
+        if source_port:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if source or source_port:
             plain.bind((source, source_port))
         plain.connect((host, port))
@@ -177,16 +180,24 @@ class Client:
 
 
 class Farm:
-    """Gateways for two services, the second of which follows the first, and the clients that tests open."""
+    """Gateways for two services, the second of which follows the first, and the clients that tests open.
 
-    def __init__(self, state_dir: Path, nursery: trio.Nursery, names: Sequence[str], subnet: str) -> None:
+    Args:
+        gateways: addresses by name.
+        apart: the gateways have other ports than the services, which wildcard services need on one machine.
+    """
+
+    def __init__(
+        self, state_dir: Path, nursery: trio.Nursery, gateways: Mapping[str, str], *, apart: bool = False
+    ) -> None:
         self.state_dir = state_dir
         self.ports = dict(zip((IKE, NATT), free_ports(2), strict=True))
+        self.apart = dict(zip((IKE, NATT), free_ports(2), strict=True)) if apart else {}
         self.seen: list[Seen] = []
         """What gateways got, in order; over all of them."""
         self.gateways = {
-            name: Gateway(name, f"{subnet}{number}", self.ports, self.seen)
-            for number, name in enumerate(names, 1)
+            name: Gateway(name, address, self.apart or self.ports, self.seen)
+            for name, address in gateways.items()
         }
         self._nursery = nursery
         self._clients: list[Client] = []
@@ -214,6 +225,9 @@ class Farm:
             "real_servers": servers,
         }
         second = {"name": NATT, "address": vip, "port": self.ports[NATT], "framing": NATT, "follows": IKE}
+        if self.apart:
+            second["following"] = {"plugin": "port", "port": self.apart[NATT]}
+            first["real_servers"] = [{**server, "port": self.apart[IKE]} for server in servers]
         node = {"name": "lb", "state_dir": str(self.state_dir), "max_pins": 1000}
         return {"node": node, "virtual_services": [{**first, **leader}, second]}
 
@@ -280,10 +294,37 @@ async def eventually(condition: Callable[[], object], patience: float = PATIENCE
             await trio.sleep(0.005)
 
 
+@contextmanager
+def no_descriptor() -> Iterator[None]:
+    """While the context lasts, this process cannot open anything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path("/dev/null").open() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno(), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def flow_of(plane: Dataplane, client: Client) -> Flow:
     """The only flow of the client's port."""
     (found,) = [flow for flow in plane.forwarder.flows if peer_address(flow.peer)[1] == client.port]
     return found
+
+
+@asynccontextmanager
+async def gateways(
+    state_dir: Path, addresses: Mapping[str, str], *, apart: bool = False
+) -> AsyncIterator[Farm]:
+    """A farm whose gateways run while the context lasts."""
+    async with trio.open_nursery() as nursery:
+        farm = Farm(state_dir, nursery, addresses, apart=apart)
+        try:
+            farm.start()
+            yield farm
+        finally:
+            farm.close()
+        nursery.cancel_scope.cancel()
 
 
 _SCRIPT = """
