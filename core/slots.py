@@ -182,7 +182,6 @@ class Owners(Generic[M]):
         else:
             del self.names[member.name]
             self.members[ring] = None
-        self._rings.drop(ring)
         self._spare.append(ring)
 
 

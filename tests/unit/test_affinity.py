@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -111,6 +112,21 @@ def test_another_server_moves_the_pin(rig: Rig) -> None:
     assert rig.table.get(b"spi:1") is rig.gw2
     assert (rig.gw1.pinned, rig.gw2.pinned) == (0, 1)
     assert rig.table.counts() == {"gw2": 1}
+    assert rig.table.stats().moved == 1
+
+
+def test_a_member_without_pins_is_forgotten(rig: Rig) -> None:
+    for _ in range(100):
+        server = Server("gw3")
+        rig.table.put([b"a:1"], server, 1)
+        rig.table.remove(b"a:1")
+        rig.table.put([b"a:2"], server, 1)
+        rig.table.clear(server)
+        rig.sweep()
+    forgotten = weakref.ref(server)
+    del server
+    assert forgotten() is None
+    assert len(rig.table._members) < 5
 
 
 def test_the_first_pinned_key_decides_and_takes_the_others_over(rig: Rig) -> None:
@@ -144,7 +160,7 @@ def test_one_key_too_many_displaces_the_oldest_of_its_kind_but_never_the_primary
         assert put.keys[0] == b"spi:0"
         assert put.keys[-1] == keys[-1]
         assert rig.table.get(displaced) is None
-    assert rig.table.stats().deleted == 0
+    assert (rig.table.stats().deleted, rig.table.stats().moved) == (0, 0)
 
 
 def test_of_too_many_keys_at_once_the_strongest_count(rig: Rig) -> None:
