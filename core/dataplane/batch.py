@@ -33,6 +33,8 @@ _STRIDE = _BUFFER + 576
 _NAME = 32
 _CONTROL = 64
 _HEADER = 64
+_DATA_AT = 4
+"""Where the data of the first control message begins, in words of 4 bytes (struct cmsghdr, cmsg(3))."""
 _Q = struct.calcsize("Q")
 _WORDS = _HEADER // _Q
 # Columns of struct mmsghdr in 8-byte words: msg_name, msg_namelen, msg_iov, msg_iovlen, msg_control,
@@ -77,6 +79,9 @@ class Batch:
             memoryview(self._memory)[i * _STRIDE : i * _STRIDE + _BUFFER] for i in range(self.slots)
         ]
         """The slots' buffers."""
+        self._used = slots
+        """Slots whose lengths are not those that receiving wants."""
+        self._for_sending = False
         self._cut_at: list[int] = []
         self._cuts: list[memoryview] = []
         self._lay_out()
@@ -100,6 +105,7 @@ class Batch:
         self._iovlens = memoryview(self._iov)[1::2]
         self._name_words = memoryview(self._names).cast("Q")[:: _NAME // _Q]
         self._first_words = memoryview(self._memory).cast("I")[:: _STRIDE // 4]
+        self._segments = memoryview(self._control).cast("I")[_DATA_AT :: _CONTROL // 4]
         self._full_name = array("Q", [self._namelen] * self.slots)
         self._full_control = array("Q", [self._wanted_control] * self.slots)
         self._full_buffer = array("Q", [_BUFFER] * self.slots)
@@ -113,12 +119,17 @@ class Batch:
         Raises:
             OSError: a pending error of the socket, such as ``ECONNREFUSED``; not ``EAGAIN``.
         """
-        self._namelens[:] = self._full_name
-        self._controllens[:] = self._full_control
-        self._iovlens[:] = self._full_buffer
+        used = self.slots if self._for_sending else self._used
+        self._for_sending = False
+        if used:
+            self._namelens[:used] = self._full_name[:used]
+            self._controllens[:used] = self._full_control[:used]
+            self._iovlens[:used] = self._full_buffer[:used]
         count: int = _recvmmsg(fd, ctypes.c_void_p(self._vector), self.slots, _MSG_DONTWAIT, None)
         if count >= 0:
+            self._used = count
             return count
+        self._used = 0
         code = ctypes.get_errno()
         if code in (errno.EAGAIN, errno.EINTR):
             return 0
@@ -149,12 +160,13 @@ class Batch:
     def segments(self, count: int) -> list[int] | None:
         """The segment size of each datagram that the kernel put together from several (UDP_GRO), else 0.
 
-        ``None``: there is no control data at all, as is usual.
+        ``None``: there is no control data at all, as is usual. Only for sockets that have no other control data on.
         """
         lengths = self._controllens[:count].tolist()
         if not any(lengths):
             return None
-        return [_segment(self.control(i, n)) if n else 0 for i, n in enumerate(lengths)]
+        segments = self._segments[:count].tolist()
+        return [segment if length else 0 for segment, length in zip(segments, lengths, strict=True)]
 
     def controls(self, count: int) -> list[bytes]:
         """The control data of each datagram."""
@@ -174,9 +186,11 @@ class Batch:
         socket's buffer is full, the rest is left out.
         """
         count = len(sizes)
+        if not self._for_sending:
+            self._namelens[:] = self._full_name
+            self._controllens[:] = self._no_control
+            self._for_sending = True
         self._names[: count * _NAME] = b"".join(names)
-        self._namelens[:count] = self._full_name[:count]
-        self._controllens[:count] = self._no_control[:count]
         self._iovlens[:count] = array("Q", sizes)
         done = taken = 0
         while done < count:
@@ -189,14 +203,6 @@ class Batch:
             else:
                 done += 1
         return taken
-
-
-def _segment(control: bytes) -> int:
-    """The UDP_GRO segment size in control data, else 0."""
-    for level, kind, data in ancillary(control):
-        if level == SOL_UDP and kind == UDP_GRO:
-            return int(struct.unpack_from("i", data)[0])
-    return 0
 
 
 def ancillary(control: bytes) -> list[tuple[int, int, bytes]]:

@@ -10,7 +10,7 @@ import errno
 import select
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -123,7 +123,7 @@ class FlowTable:
         epoll: has the upstream sockets to be read.
         journal: gets every flow that is opened or closed.
         descriptors: all file descriptors are below this number.
-        ports: the range of upstream ports, both ends included.
+        ports: the upstream ports, in the order of preference.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FlowTable:
         journal: Callable[[Record], None],
         random: Random,
         descriptors: int,
-        ports: tuple[int, int],
+        ports: Sequence[range],
     ) -> None:
         self.by_fd: dict[int, Flow] = {}
         self.limit = 0
@@ -141,7 +141,7 @@ class FlowTable:
         self._epoll = epoll
         self._journal = journal
         self._random = random
-        self._range = ports
+        self._ranges = ports
         self._wheel = TimerWheel(descriptors)
         self._ports: dict[Address, PortPool] = {}
         self._taken: dict[Address, set[int]] = {}
@@ -248,7 +248,7 @@ class FlowTable:
         """An upstream socket and its port; ``None`` if there is none to be had, which is counted."""
         pool = self._ports.get(endpoint)
         if pool is None:
-            pool = PortPool(*self._range, self._taken.pop(endpoint, ()), self._random)
+            pool = PortPool(self._ranges, self._taken.pop(endpoint, ()), self._random)
             self._ports[endpoint] = pool
         for _ in range(_BIND_TRIES):
             port = pool.take()

@@ -1,8 +1,9 @@
-"""File descriptors: one per flow, so their limit is the limit of flows."""
+"""What the machine sets bounds to: file descriptors, of which each flow needs one, and ports."""
 
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 RESERVED = 64
 """Descriptors for everything that is not a flow: listeners, checks, files, control connections."""
@@ -23,3 +24,12 @@ def raise_descriptor_limit() -> int:
 def flows_that_fit(descriptors: int, listeners: int) -> int:
     """How many flows the descriptors are enough for."""
     return max(0, descriptors - RESERVED - listeners)
+
+
+def ephemeral_ports() -> range:
+    """The ports that the kernel gives to whoever does not ask for one (ip(7), ip_local_port_range)."""
+    try:
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        return range(int(low), int(high) + 1)
+    except (OSError, ValueError):
+        return range(32_768, 61_000)  # the kernel's default

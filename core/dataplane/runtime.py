@@ -19,9 +19,10 @@ import trio
 from sapin.core.affinity import Cause, Change, Pin, Put, Removed
 from sapin.core.contracts import Key
 from sapin.core.dataplane.flows import Counters, record
-from sapin.core.dataplane.limits import flows_that_fit
+from sapin.core.dataplane.limits import ephemeral_ports, flows_that_fit
 from sapin.core.dataplane.listeners import Listener, ListenError, addresses
 from sapin.core.dataplane.overrides import load_overrides, save_overrides
+from sapin.core.dataplane.ports import upstream_ranges
 from sapin.core.dataplane.prober import Prober
 from sapin.core.dataplane.recovery import Restored
 from sapin.core.dataplane.store import Store
@@ -98,7 +99,7 @@ class Dataplane:
                 random=self._random,
                 clock=self.clock,
                 descriptors=descriptors,
-                ports=UPSTREAM_PORTS,
+                ports=upstream_ranges(*UPSTREAM_PORTS, ephemeral_ports()),
             )
             self._counters: dict[str, dict[str, Counters]] = {}
             self.forwarder.apply(self.writer.snapshot)

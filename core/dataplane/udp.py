@@ -49,7 +49,7 @@ class Forwarder:
         flush: makes the journal safe against the death of the process; called before a reply can pass.
         suspect: called with a group and a server when the server refused a datagram.
         descriptors: file descriptors are below this number.
-        ports: the range of upstream ports, both ends included.
+        ports: the upstream ports, in the order of preference.
         clock: seconds, never going back.
     """
 
@@ -61,7 +61,7 @@ class Forwarder:
         suspect: Callable[[str, str], None],
         random: Random,
         descriptors: int,
-        ports: tuple[int, int],
+        ports: Sequence[range],
         clock: Callable[[], float],
     ) -> None:
         self._flush = flush
