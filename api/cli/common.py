@@ -59,14 +59,16 @@ _CODES: Mapping[str, ExitCode] = {
 StateDir = Annotated[
     Path | None,
     typer.Option(
-        "--state-dir", help="State directory of the daemon. [env: SAPIN_STATE_DIR]", show_default=False
+        "--state-dir",
+        help="State directory of the daemon; SAPIN_STATE_DIR in the environment.",
+        show_default=False,
     ),
 ]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="Its configuration, which names that directory. [env: SAPIN_CONFIG]",
+        help="Its configuration, which names that directory; SAPIN_CONFIG in the environment.",
         show_default=False,
     ),
 ]

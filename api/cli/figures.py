@@ -46,7 +46,8 @@ def bits(per_second: float) -> str:
     value = per_second * 8
     for size, unit in _BITS:
         if value >= size:
-            return f"{value / size:.1f} {unit}"
+            scaled = value / size
+            return f"{scaled:.1f} {unit}" if scaled < 9.95 else f"{scaled:.0f} {unit}"
     return f"{value:.0f} bit/s"
 
 

@@ -41,7 +41,8 @@ class LogLevel(StrEnum):
 File = Annotated[
     Path | None,
     typer.Argument(
-        help="The configuration; /etc/sapin/sapin.toml by default. [env: SAPIN_CONFIG]", show_default=False
+        help="The configuration; SAPIN_CONFIG in the environment, or /etc/sapin/sapin.toml.",
+        show_default=False,
     ),
 ]
 

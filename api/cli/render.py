@@ -27,7 +27,12 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         numeric = column in right
-        made.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if numeric else "left",
+            no_wrap=numeric or column == "State",
+            overflow="fold",
+        )
     return made
 
 

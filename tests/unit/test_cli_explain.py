@@ -145,8 +145,8 @@ def test_times_and_rates() -> None:
         "0 bit/s",
         "800 bit/s",
         "1.0 kbit/s",
-        "10.0 Mbit/s",
-        "20.0 Gbit/s",
+        "10 Mbit/s",
+        "20 Gbit/s",
     ]
 
 
