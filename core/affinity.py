@@ -406,7 +406,7 @@ class AffinityTable(Generic[M]):
         return former.name
 
     def _detach(self, keys: Iterable[Key]) -> Iterable[int]:
-        """Takes keys from the pins that have them; which of these have others left."""
+        """Takes keys from the pins that have them; which pins had others besides."""
         robbed: dict[int, None] = {}
         for key in keys:
             slot = self._keys.slot(key)
@@ -419,7 +419,6 @@ class AffinityTable(Generic[M]):
                 robbed[slot] = None
             else:
                 self._release(slot)
-                robbed.pop(slot, None)
         return robbed
 
     def _allocate(self) -> int:

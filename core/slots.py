@@ -2,9 +2,9 @@
 
 A slot is a small integer. Everything about slots is in flat columns and rings (:mod:`sapin.core.wheel`)
 and in dictionaries of bytes and integers, so that it costs little memory and no time of the garbage
-collector. CPython does not look into such dictionaries up to 3.13; later versions spare those that
-were there at ``gc.freeze()``, and all of them are made at the start. They are many, so that one of them grows
-at a time, with no long step.
+collector. CPython up to 3.13 does not look into such dictionaries; 3.14 does (python/cpython#127010), but for
+those that were there at ``gc.freeze()``, and all of them are made at the start. They are many, so that one of
+them grows at a time, with no long step.
 """
 
 from __future__ import annotations
