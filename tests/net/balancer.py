@@ -1,19 +1,18 @@
-"""Sapin in the lab: a process of its own in the balancer's namespace, configured by a file, asked by its socket."""
+"""Sapin in the lab: a process of its own in the balancer's namespace, told things as an operator would."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import trio
-
-from sapin.api import control
 from tests.net.lab import VIP, VIP6, Gateway, Lab
-from tests.net.namespaces import Daemon, LabError, until
+from tests.net.namespaces import Daemon, LabError, run, until
 
 SAPIN = str(Path(sys.executable).with_name("sapin"))
 """The program that was installed with the package under test."""
@@ -82,9 +81,10 @@ class Balancer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = self._daemon.stop()
-        print(self._daemon.log.read_text())
-        if kind is None and status != 0:
-            raise LabError(f"Sapin did not end well when asked to: {status}")
+        log = self._daemon.log.read_text()
+        print(log)
+        if kind is None and (status != 0 or "Traceback" in log or "[error" in log):
+            raise LabError(f"Sapin had errors, or did not end well (exit status {status}): see its log")
 
     async def start(self) -> None:
         """Start it, and wait until it forwards."""
@@ -95,35 +95,36 @@ class Balancer:
         """End it as a crash would."""
         self._daemon.kill()
 
-    async def call(self, name: str, **arguments: Any) -> Any:
-        """An operation of the control socket."""
-        return await trio.to_thread.run_sync(lambda: control.call(self._state, name, **arguments))
-
     async def command(self, *arguments: str) -> str:
-        """A command of Sapin's own command line, as an operator gives it."""
-        _, verb, server = arguments
-        return str(await self.call("set-state", server=server, state={"drain": "draining"}[verb]))
+        """A command of Sapin's command line, as an operator gives it; what it printed.
+
+        Raises:
+            LabError: it failed.
+        """
+        done = await self._sapin(*arguments)
+        if done.returncode:
+            raise LabError(f"sapin {' '.join(arguments)} ended with {done.returncode}: {done.stdout}")
+        return done.stdout
 
     async def health(self) -> dict[str, str]:
         """What the checks say of each gateway, by its name."""
-        status = await self.call("status")
+        status = json.loads(await self.command("status", "--json"))
         return {server["name"]: server["health"] for server in status["groups"][0]["servers"]}
 
     async def flows(self, address: str) -> set[tuple[str, str]]:
         """Which service's flows of a client's address go to which gateway."""
-        told = await self.call("explain", client=address)
+        told = json.loads(await self.command("explain", address, "--json"))
         return {(flow["service"], flow["server"]) for flow in told["flows"]}
 
     async def pins(self) -> dict[str, str]:
         """The gateway that each key is pinned to."""
-        told = await self.call("pins")
+        told = json.loads(await self.command("pins", "--json"))
         return {key: pin["server"] for pin in told["pins"] for key in pin["keys"]}
 
     async def _answers(self) -> bool:
         if not self._daemon.running:
             raise LabError(f"Sapin ended at its start: {self._daemon.log.read_text()}")
-        try:
-            await self.call("status")
-        except control.ControlError:
-            return False
-        return True
+        return (await self._sapin("status")).returncode == 0
+
+    async def _sapin(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return await run(SAPIN, *arguments, env={"SAPIN_STATE_DIR": str(self._state)})

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
 class Authority:
-    """Signs 4096-bit RSA certificates. They all carry one public key, as making one takes seconds."""
+    """Signs 4096-bit RSA certificates. They all carry one public key, as making a key takes seconds."""
 
     def __init__(self, folder: Path) -> None:
         self._certificate = folder / "ca.pem"
         self._signing_key = folder / "ca.key"
         self._key = folder / "shared.key"
-        for key in self._signing_key, self._key:
-            _openssl("genrsa", "-out", str(key), "4096")
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(_make_key, [self._signing_key, self._key]))
         _openssl(*self._request("/CN=Lab CA"), "-key", str(self._signing_key), "-out", str(self._certificate))
 
     def issue(self, folder: Path, identity: str) -> None:
@@ -35,6 +36,10 @@ class Authority:
     @staticmethod
     def _request(subject: str) -> list[str]:
         return ["req", "-x509", "-new", "-days", "1", "-sha256", "-subj", subject]
+
+
+def _make_key(path: Path) -> None:
+    _openssl("genrsa", "-out", str(path), "4096")
 
 
 def _openssl(*arguments: str) -> None:

@@ -46,6 +46,8 @@ class Connection:
     vip: str = VIP
     auth: str = "psk"
     fragmentation: str = "yes"
+    dpd_delay: str = "0s"
+    """After this long without traffic the client asks whether its gateway is there; 0 for never."""
 
     def identity(self, client: str) -> str:
         """The client's name for itself; a gateway sees from it how it will prove that."""
@@ -58,7 +60,7 @@ class Connection:
             "remote_addrs": self.vip,
             "vips": "0.0.0.0",
             "fragmentation": self.fragmentation,
-            "dpd_delay": "1s",
+            "dpd_delay": self.dpd_delay,
             "proposals": IKE_PROPOSAL,
             "local": {"auth": self.auth, "id": self.identity(client)},
             "remote": {"auth": self.auth, "id": GATEWAY_ID},
@@ -72,7 +74,9 @@ CERTIFICATE = Connection("certificate", auth="pubkey")
 """IKE_AUTH in fragments of RFC 7383."""
 CERTIFICATE_WHOLE = Connection("certificate-whole", auth="pubkey", fragmentation="no")
 """IKE_AUTH in one datagram, which IP has to fragment."""
-CONNECTIONS = (PSK, PSK6, CERTIFICATE, CERTIFICATE_WHOLE)
+WATCHFUL = Connection("watchful", dpd_delay="1s")
+"""A tunnel that the client sets up again when its gateway is gone."""
+CONNECTIONS = (PSK, PSK6, CERTIFICATE, CERTIFICATE_WHOLE, WATCHFUL)
 
 
 class Installer:
@@ -98,7 +102,7 @@ class Gateway:
         self.address = f"10.60.0.{10 + number}"
         self.address6 = f"2001:db8:60::{10 + number}"
         self._namespace = namespace = Namespace(self.name)
-        wire.attach(namespace, "eth0", f"{self.address}/24", f"{self.address6}/64")
+        self._port = wire.attach(namespace, "eth0", f"{self.address}/24", f"{self.address6}/64")
         namespace.ip(
             f"address add {INSIDE}/32 dev lo",
             "route add default via 10.60.0.1",
@@ -110,8 +114,18 @@ class Gateway:
         """Whether traffic flows inside the tunnel of the client with that inner address."""
         return await _ping(self._namespace, inner, "-I", INSIDE)
 
-    async def restart(self) -> None:
-        """Start the daemon where it was killed."""
+    def crash(self) -> None:
+        """End the IKE daemon; the kernel goes on, and says that nobody is there."""
+        self.charon.kill()
+
+    def lose_power(self) -> None:
+        """End everything, so that nothing is ever answered."""
+        self._port.unplug()
+        self.charon.kill()
+
+    async def recover(self) -> None:
+        """Undo :meth:`crash` and :meth:`lose_power`."""
+        self._port.plug()
         if not self.charon.running:
             self.charon.start()
             await self.charon.load()
@@ -243,19 +257,11 @@ class Lab:
 
     async def tunnels(self) -> dict[str, Tunnel]:
         """The tunnels that are up, by the client's name: one SA, known to both ends, and to one gateway only."""
-        clients = await together(client.charon.sas for client in self.clients)
-        gateways = await together(gateway.charon.sas for gateway in self.gateways)
-        ends: dict[str, list[tuple[Gateway, IkeSa]]] = {}
-        for gateway, far in zip(self.gateways, gateways, strict=True):
-            for sa in far:
-                ends.setdefault(sa.spi_i, []).append((gateway, sa))
-        up = {}
-        for client, near in zip(self.clients, clients, strict=True):
-            known = ends.get(near[0].spi_i, []) if len(near) == 1 else []
-            for gateway, sa in known if len(known) == 1 else []:
-                if near[0].spis == sa.spis and near[0].established and sa.established:
-                    up[client.name] = Tunnel(client, gateway, near[0], sa)
-        return up
+        near = await together(client.charon.sas for client in self.clients)
+        far = await together(gateway.charon.sas for gateway in self.gateways)
+        ends = [(gateway, sa) for gateway, sas in zip(self.gateways, far, strict=True) for sa in sas]
+        found = [_tunnel(client, sas, ends) for client, sas in zip(self.clients, near, strict=True)]
+        return {tunnel.client.name: tunnel for tunnel in found if tunnel}
 
     async def connects_begun(self) -> int:
         """How many IKE_SA_INIT requests the clients sent so far."""
@@ -272,13 +278,20 @@ class Lab:
 
     async def reset(self) -> None:
         """End all tunnels, and start the gateways that were killed."""
-        await together([gateway.restart for gateway in self.gateways])
+        await together([gateway.recover for gateway in self.gateways])
         await together([charon.terminate for charon in self.charons])
 
     def stop(self) -> None:
         """End all IKE daemons."""
         for charon in self.charons:
             charon.kill()
+
+
+def _tunnel(client: Client, near: list[IkeSa], ends: Iterable[tuple[Gateway, IkeSa]]) -> Tunnel | None:
+    match near, [(gateway, far) for gateway, far in ends if far.spi_i in {sa.spi_i for sa in near}]:
+        case [sa], [(gateway, far)] if sa.spis == far.spis and sa.established and far.established:
+            return Tunnel(client, gateway, sa, far)
+    return None
 
 
 async def _ping(namespace: Namespace, address: str, *options: str) -> bool:

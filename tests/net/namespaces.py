@@ -67,7 +67,7 @@ class Wire:
         # Snooping would drop neighbour solicitations until the bridge has learnt who listens.
         namespace.ip(f"link add {name} type bridge mcast_snooping 0", f"link set {name} up")
 
-    def attach(self, namespace: Namespace, device: str, *addresses: str) -> None:
+    def attach(self, namespace: Namespace, device: str, *addresses: str) -> Port:
         """Give a namespace a device on this wire, with these addresses in CIDR notation."""
         number = next(self._ports)
         port = f"{self.name}{number}"
@@ -80,6 +80,23 @@ class Wire:
             f"link set {device} address 02:00:00:00:00:{number:02x} up",
             *(f"address add {each} dev {device}" for each in addresses),
         )
+        return Port(self._namespace, port)
+
+
+class Port:
+    """Where a device is plugged into a wire."""
+
+    def __init__(self, namespace: Namespace, name: str) -> None:
+        self._namespace = namespace
+        self._name = name
+
+    def unplug(self) -> None:
+        """Take the cable out: what is sent gets lost, and nobody is told."""
+        self._namespace.ip(f"link set {self._name} down")
+
+    def plug(self) -> None:
+        """Put the cable back."""
+        self._namespace.ip(f"link set {self._name} up")
 
 
 class Daemon:

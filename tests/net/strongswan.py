@@ -42,8 +42,6 @@ class IkeSa:
     spi_r: str
     peer: str
     """The address of the other end."""
-    peer_id: str
-    """The identity that the other end proved, empty before it did."""
     inner: tuple[str, ...]
     """The client's addresses in the tunnel."""
     children: tuple[ChildSa, ...]
@@ -183,14 +181,12 @@ def _section(tokens: Iterator[str]) -> dict[str, Any]:
 
 
 def _ike_sa(fields: dict[str, Any]) -> IkeSa:
-    established = fields["state"] == "ESTABLISHED"
     return IkeSa(
         id=int(fields["uniqueid"]),
-        established=established,
+        established=fields["state"] == "ESTABLISHED",
         spi_i=fields["initiator-spi"],
         spi_r=fields["responder-spi"],
         peer=fields["remote-host"],
-        peer_id=fields["remote-id"] if established else "",
         inner=tuple(fields.get("local-vips", fields.get("remote-vips", ()))),
         children=tuple(
             ChildSa(int(child["uniqueid"]), child["spi-in"], child["spi-out"])

@@ -6,7 +6,7 @@ configuration of its own, and asks the gateways, which know best, who is where.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from typing import get_args
@@ -22,6 +22,7 @@ from tests.net.lab import (
     PSK6,
     VIP,
     VIP6,
+    WATCHFUL,
     Client,
     Connection,
     Gateway,
@@ -62,6 +63,14 @@ async def assert_traffic(clients: Iterable[Client]) -> None:
     assert all(answered), [
         client.name for client, answer in zip(clients, answered, strict=True) if not answer
     ]
+
+
+def assert_same_tunnels(before: dict[str, Tunnel], after: dict[str, Tunnel]) -> None:
+    """These tunnels were neither set up again nor rekeyed, and are where they were."""
+    for name, tunnel in before.items():
+        assert after[name].gateway is tunnel.gateway
+        for kind in KINDS:
+            assert after[name].spis(kind) == tunnel.spis(kind)
 
 
 def gateways_of(clients: Iterable[Client], tunnels: dict[str, Tunnel]) -> list[str]:
@@ -110,17 +119,18 @@ async def test_tunnels_outlive_rekeying_by_either_end(lab: Lab, persistence: str
     async with Balancer(lab, persistence=persistence):
         tunnels = await connect(lab, lab.clients)
         home = gateways_of(lab.clients, tunnels)
-        clients = [client.charon for client in lab.clients]
-        gateways = [gateway.charon for gateway in lab.gateways]
-        for kind, charons in product(KINDS, [clients, gateways]):
-            await together(partial(charon.control, "--rekey", f"--{kind}", PSK.name) for charon in charons)
-            tunnels = await rekeyed(lab, tunnels, kind)
+        both_ends: list[Sequence[Client | Gateway]] = [lab.clients, lab.gateways]
+        for kind, ends in product(KINDS, both_ends):
+            tunnels = await rekey(lab, tunnels, kind, ends)
             assert gateways_of(lab.clients, tunnels) == home
             await assert_traffic(lab.clients)
 
 
-async def rekeyed(lab: Lab, before: dict[str, Tunnel], kind: SaKind) -> dict[str, Tunnel]:
-    """Waits until all tunnels have new keys; the tunnels then."""
+async def rekey(
+    lab: Lab, before: dict[str, Tunnel], kind: SaKind, ends: Iterable[Client | Gateway]
+) -> dict[str, Tunnel]:
+    """Has these ends rekey their tunnels, and waits until these tunnels have new SPIs; all tunnels then."""
+    await together(partial(end.charon.control, "--rekey", f"--{kind}", PSK.name) for end in ends)
     after = dict(before)
 
     async def done() -> bool:
@@ -163,12 +173,18 @@ async def test_ipv6_clients_are_beside_ipv4_clients(lab: Lab, persistence: str) 
         await assert_traffic(old)
 
 
-async def test_clients_of_a_killed_gateway_come_back_on_the_others(lab: Lab) -> None:
-    async with Balancer(lab, persistence="ike-spi") as sapin:
-        before = await connect(lab, lab.clients)
+@pytest.mark.parametrize(
+    ("persistence", "die"), [("source-address", Gateway.crash), ("ike-spi", Gateway.lose_power)]
+)
+async def test_clients_of_a_dead_gateway_come_back_on_the_others(
+    lab: Lab, persistence: str, die: Callable[[Gateway], None]
+) -> None:
+    async with Balancer(lab, persistence=persistence) as sapin:
+        before = await connect(lab, lab.clients, WATCHFUL)
         await until(lambda: health_is(sapin, "healthy", lab.gateways), "all gateways are healthy")
         lost, *others = lab.gateways
-        lost.charon.kill()
+        assert lost.name in gateways_of(lab.clients, before)
+        die(lost)
         await until(lambda: health_is(sapin, "unhealthy", [lost]), "the checks notice")
 
         async def everybody_is_back() -> bool:
@@ -179,8 +195,7 @@ async def test_clients_of_a_killed_gateway_come_back_on_the_others(lab: Lab) -> 
         await assert_traffic(lab.clients)
         after = await lab.tunnels()
         assert set(gateways_of(lab.clients, after)) == {gateway.name for gateway in others}
-        unconcerned = [name for name, tunnel in before.items() if tunnel.gateway is not lost]
-        assert all(after[name].spis("ike") == before[name].spis("ike") for name in unconcerned)
+        assert_same_tunnels({n: tunnel for n, tunnel in before.items() if tunnel.gateway is not lost}, after)
 
 
 async def health_is(sapin: Balancer, health: str, gateways: Iterable[Gateway]) -> bool:
@@ -189,7 +204,7 @@ async def health_is(sapin: Balancer, health: str, gateways: Iterable[Gateway]) -
 
 
 @both_persistences
-async def test_tunnels_outlive_a_crash_of_the_balancer(lab: Lab, persistence: str) -> None:
+async def test_tunnels_outlive_crashes_of_the_balancer(lab: Lab, persistence: str) -> None:
     async with Balancer(lab, persistence=persistence) as sapin:
         before = await connect(lab, lab.clients)
         begun = await lab.connects_begun()
@@ -199,16 +214,16 @@ async def test_tunnels_outlive_a_crash_of_the_balancer(lab: Lab, persistence: st
             await trio.sleep(1)
             sapin.kill()
             await sapin.start()
-        # The gateways speak first: their way back to the clients has to be there too.
-        assert all(await together(partial(t.gateway.ping, t.far.inner[0]) for t in before.values()))
         await assert_traffic(lab.clients)
+        # Now nobody talks, and afterwards the gateways speak first: only their way to the clients leads there.
+        sapin.kill()
+        await sapin.start()
+        assert all(await together(partial(t.gateway.ping, t.far.inner[0]) for t in before.values()))
         after = await lab.tunnels()
-        assert gateways_of(lab.clients, after) == gateways_of(lab.clients, before)
-        for kind in KINDS:
-            assert {name: t.spis(kind) for name, t in after.items()} == {
-                name: t.spis(kind) for name, t in before.items()
-            }
+        assert_same_tunnels(before, after)
         assert await lab.connects_begun() == begun
+        rekeyed = await rekey(lab, after, "ike", lab.clients)
+        assert gateways_of(lab.clients, rekeyed) == gateways_of(lab.clients, before)
 
 
 async def test_draining_keeps_tunnels_and_gets_no_new_ones(lab: Lab) -> None:
@@ -221,10 +236,7 @@ async def test_draining_keeps_tunnels_and_gets_no_new_ones(lab: Lab) -> None:
         after = await connect(lab, late)
         assert drained not in gateways_of(late, after)
         await assert_traffic(early)
-        assert {name: after[name].spis("ike") for name in before} == {
-            name: tunnel.spis("ike") for name, tunnel in before.items()
-        }
-        await together(partial(client.charon.control, "--rekey", "--ike", PSK.name) for client in early)
-        rekeyed_early = await rekeyed(lab, before, "ike")
-        assert gateways_of(early, rekeyed_early) == gateways_of(early, before)
+        assert_same_tunnels(before, after)
+        rekeyed = await rekey(lab, before, "ike", early)
+        assert gateways_of(early, rekeyed) == gateways_of(early, before)
         await assert_traffic(early)
