@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 # The bits of include/uapi/linux/capability.h.
@@ -56,3 +57,10 @@ def missing_capabilities() -> list[str]:
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     effective = int(lines["CapEff"], 16)
     return [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_the_start() -> Iterator[None]:
+    """A test that sets up logging, on a stream that ends with it, leaves no trace of that."""
+    yield
+    structlog.reset_defaults()

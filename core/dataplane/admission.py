@@ -77,7 +77,7 @@ class Admission:
         kind, at = ike.classify(data, service.framing)
         is_ike = kind is ike.Kind.IKE
         if flow is not None:
-            flow.confirmed = flow.confirmed or flow.answers > 0
+            flow.confirmed = flow.confirmed or flow.answered or flow.answers > 0
             flow.last, flow.answers = self.now, 0
             if not is_ike and self._holds(flow, group):
                 return flow

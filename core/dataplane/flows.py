@@ -1,7 +1,8 @@
 """Flows: one client address and port towards one virtual service, and its upstream socket.
 
 The table is bounded, and idle flows are given back. A flow on which the client has not spoken again after
-an answer is *unconfirmed* and goes after seconds: a flood of forged first packets holds few of them.
+an answer is *unconfirmed* and goes after seconds: a flood of forged first packets holds few of them. The last file
+descriptors are not for flows, so that checks and the control socket work when there are as many as fit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from sapin.core.dataplane.batch import peer_address, peer_name, peer_of
+from sapin.core.dataplane.limits import RESERVED
 from sapin.core.dataplane.ports import PortPool
 from sapin.core.journal import FlowClosed, FlowOpened, Record
 from sapin.core.wheel import TimerWheel
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from sapin.core.snapshot import Member
 
 UNCONFIRMED = 30
-"""Seconds that an unconfirmed flow is kept (conntrack's value for unreplied UDP)."""
+"""Seconds that an unconfirmed flow is kept after its last datagram (conntrack's value for unreplied UDP)."""
 NO_PATH_MTU = {
     socket.AF_INET: (socket.IPPROTO_IP, 10, 0),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 0),
@@ -57,6 +59,7 @@ class Flow:
     """A client's way to its server. Times in seconds of the forwarder's clock."""
 
     __slots__ = (
+        "answered",
         "answers",
         "bulk",
         "confirmed",
@@ -108,6 +111,8 @@ class Flow:
         """The forwarder's tick at which the flow was last held against the pins."""
         self.answers = 0
         """Datagrams from the server since the client was last looked at."""
+        self.answered = False
+        """There were answers before those."""
         self.confirmed = False
         """The client has spoken after an answer: it is where it says it is."""
         self.bulk = False
@@ -142,6 +147,8 @@ class FlowTable:
         self._journal = journal
         self._random = random
         self._ranges = ports
+        self._end = descriptors - RESERVED
+        """From this descriptor on, none is for a flow. The kernel gives the lowest that is free."""
         self._wheel = TimerWheel(descriptors)
         self._ports: dict[Address, PortPool] = {}
         self._taken: dict[Address, set[int]] = {}
@@ -191,6 +198,8 @@ class FlowTable:
         if listener.flows.get(flow.peer) is flow:
             del listener.flows[flow.peer]
         self._wheel.discard(flow.fd)
+        # Not left to close(): a child between fork and exec may hold the socket, and epoll would go on reporting it.
+        self._epoll.unregister(flow.fd)
         flow.sock.close()
         flow.counters.flows -= 1
         if not flow.key:
@@ -214,7 +223,7 @@ class FlowTable:
             looked += 1
             flow = self.by_fd[fd]
             if flow.answers:
-                flow.last, flow.answers = now, 0
+                flow.last, flow.answers, flow.answered = now, 0, True
             if _due(flow) > now:
                 self._wheel.file(fd, _due(flow))
             else:
@@ -255,7 +264,11 @@ class FlowTable:
             if port is None:
                 break
             try:
-                return _upstream(listener.family, port, endpoint), port
+                sock = _upstream(listener.family, port, endpoint)
+                if sock.fileno() < self._end:
+                    return sock, port
+                sock.close()
+                raise OSError(errno.EMFILE, "what is left is not for flows")
             except OSError as error:
                 pool.give(port)
                 if error.errno in (errno.EMFILE, errno.ENFILE):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, ip_address
@@ -51,6 +52,8 @@ class Listener:
         self, service: VirtualService, address: IPAddress, buffer: int, counters: dict[str, Counters]
     ) -> None:
         self.address = address
+        self.local = b"" if address == service.address else address.packed
+        """The packed local address if the service is on a wildcard, else empty; part of a flow's identity."""
         self.wildcard = address.is_unspecified
         self.family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         self.counters = counters
@@ -65,11 +68,6 @@ class Listener:
         """Take over what a reload may change while the socket stays."""
         self.service = service
         self.flow_timeout = int(service.flow_timeout)
-
-    @property
-    def local(self) -> bytes:
-        """The packed local address if the service is on a wildcard, else empty; part of a flow's identity."""
-        return b"" if self.address == self.service.address else self.address.packed
 
     def close(self) -> None:
         """Close the socket; the flows are up to the caller."""
@@ -91,6 +89,14 @@ def local_address(control: bytes) -> IPAddress | None:
         if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and len(data) >= 16:
             return ip_address(data[:16])
     return None
+
+
+def merged_size(control: bytes) -> int:
+    """The segment size of a datagram that the kernel put together from several (UDP_GRO), else 0."""
+    for level, kind, data in ancillary(control):
+        if level == SOL_UDP and kind == UDP_GRO and len(data) >= 2:
+            return int.from_bytes(data[:2], sys.byteorder)
+    return 0
 
 
 def _bind(

@@ -13,6 +13,7 @@ import select
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from random import Random
 
@@ -21,7 +22,7 @@ import trio
 from sapin.core.dataplane.admission import Admission
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, Batch, peer_address
 from sapin.core.dataplane.flows import Address, Flow, FlowTable, Peer
-from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address
+from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address, merged_size
 from sapin.core.dataplane.segments import Run, pieces, runs, send_run
 from sapin.core.journal import Record
 from sapin.core.model import Framing
@@ -36,6 +37,18 @@ RECEIVED = 256
 together; the fewer, the sooner other sockets have their turn."""
 BULK = 256
 """Datagrams from a server between two looks at its client: from then on the flow is read in batches."""
+
+_FROM_ICMP = {
+    errno.ECONNREFUSED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.ENOPROTOOPT,
+    errno.EACCES,
+    errno.EPROTO,
+    errno.EMSGSIZE,
+}
+"""What an ICMP error becomes on a connected socket (icmp_err_convert in Linux's net/ipv4/icmp.c)."""
 
 _IPV4, _IPV6 = socket.AF_INET, socket.AF_INET6
 _ALL_IKE, _NO_IKE = [0] * RECEIVED, [1] * RECEIVED
@@ -97,6 +110,7 @@ class Forwarder:
         for flow in list(listener.flows.values()):
             self.flows.close(flow)
         del self._listeners[listener.fd]
+        self._epoll.unregister(listener.fd)
         listener.close()
 
     def apply(self, snapshot: Snapshot) -> None:
@@ -183,7 +197,7 @@ class Forwarder:
             try:
                 flow.sock.send(datagram)
             except OSError as error:
-                self._unsent(flow, error, datagram)
+                self._send_again(flow, None, Run([datagram], 0), error)
         self._flush()
 
     def _in_runs(
@@ -201,9 +215,13 @@ class Forwarder:
         for slot, peer in enumerate(peers):
             flow = flows.get(peer)
             if flow is None or flow.tick != tick or not heads[slot]:
+                if flow in waiting:  # it may be closed now, and must not lose what came before
+                    self._send_runs(flow, None, runs(waiting.pop(flow), merged.pop(flow, None)))
                 flow = admit(listener, peer, flow, datagrams[slot])
                 if flow is None:
                     continue
+            flow.counters.packets_in += 1
+            flow.counters.bytes_in += len(datagrams[slot])
             if flow in waiting:
                 waiting[flow].append(datagrams[slot])
             else:
@@ -211,9 +229,6 @@ class Forwarder:
             if segments is not None:
                 merged.setdefault(flow, []).append(segments[slot])
         for flow, run in waiting.items():
-            counters = flow.counters
-            counters.packets_in += len(run)
-            counters.bytes_in += sum(map(len, run))
             self._send_runs(flow, None, runs(run, merged.get(flow)))
         self._flush()
 
@@ -225,11 +240,7 @@ class Forwarder:
         except OSError:
             self._drops["receive-error"] += 1
             return
-        peers, datagrams, segments = (
-            batch.peers(count),
-            batch.datagrams(batch.sizes(count)),
-            batch.segments(count),
-        )
+        peers, datagrams = batch.peers(count), batch.datagrams(batch.sizes(count))
         for slot, control in enumerate(batch.controls(count)):
             listener = self._local(wildcard, control)
             if listener is None:
@@ -240,7 +251,7 @@ class Forwarder:
             if flow is not None:
                 flow.counters.packets_in += 1
                 flow.counters.bytes_in += len(datagram)
-                self._send_runs(flow, None, runs([datagram], segments and [segments[slot]]))
+                self._send_runs(flow, None, runs([datagram], [merged_size(control)]))
         self._flush()
 
     def _local(self, wildcard: Listener, control: bytes) -> Listener | None:
@@ -297,7 +308,8 @@ class Forwarder:
     def _make_bulk(self, flow: Flow) -> None:
         """Read the flow in batches from now on. Never undone: a merged datagram may be in its queue."""
         flow.bulk = True
-        flow.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+        with suppress(OSError):  # a kernel before 5.0: batches help all the same
+            flow.sock.setsockopt(SOL_UDP, UDP_GRO, 1)
 
     def _relay_bulk(self, flow: Flow) -> None:
         batch = self._inbox[flow.listener.family]
@@ -320,32 +332,31 @@ class Forwarder:
 
     def _send_runs(self, flow: Flow, client: Address | None, all_runs: Iterable[Run]) -> None:
         """Send runs to the server, or through the listener's socket to the client."""
-        sock = flow.sock if client is None else flow.listener.sock
         for run in all_runs:
-            try:
-                if (flow.segment or not run.segment) and send_run(sock, client, run):
-                    continue
-            except OSError as error:
-                self._unsent(flow, error)
-                continue
-            flow.segment = False
-            for piece in pieces(run):
-                try:
-                    sock.sendmsg([piece], (), 0, client)
-                except OSError as error:
-                    self._unsent(flow, error)
+            if not self._send_run(flow, client, run):
+                flow.segment = False
+                for piece in pieces(run):
+                    self._send_run(flow, client, Run([piece], 0))
 
-    def _unsent(self, flow: Flow, error: OSError, again: memoryview | None = None) -> None:
-        """A datagram could not be sent. A refusal of an *earlier* one is reported here: try once more."""
-        if error.errno == errno.ECONNREFUSED:
+    def _send_run(self, flow: Flow, client: Address | None, run: Run) -> bool:
+        """Send a run, or count it as lost; false if it has to be sent in pieces."""
+        if run.segment and not flow.segment:
+            return False
+        try:
+            return send_run(flow.sock if client is None else flow.listener.sock, client, run)
+        except OSError as error:
+            return self._send_again(flow, client, run, error)
+
+    def _send_again(self, flow: Flow, client: Address | None, run: Run, error: OSError) -> bool:
+        """Send what failed once more if the error was that of an *earlier* datagram, which is reported so (udp(7))."""
+        if client is None and error.errno in _FROM_ICMP:
             self._upstream_error(flow, error)
-            if again is not None:
-                try:
-                    flow.sock.send(again)
-                    return
-                except OSError as second:
-                    error = second
-        self._drops[errno.errorcode.get(error.errno or 0, "unknown")] += 1
+            try:
+                return send_run(flow.sock, None, run)
+            except OSError as second:
+                error = second
+        self._drops[errno.errorcode.get(error.errno or 0, "unknown")] += len(run.buffers)
+        return True
 
     def _upstream_error(self, flow: Flow, error: OSError) -> None:
         """An ICMP error came back from the server's side: nothing is lost here, but its check should look."""

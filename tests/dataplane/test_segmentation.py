@@ -187,7 +187,6 @@ async def test_a_kernel_without_gro_is_served_too(farm: Farm, monkeypatch: pytes
         assert await client.receive(10) == [b"x" * 100] * 10
 
 
-@pytest.mark.xfail(strict=True, reason="the option is taken for granted")
 async def test_a_kernel_without_gro_serves_bulk_too(
     farm: Farm, plane: Dataplane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +198,6 @@ async def test_a_kernel_without_gro_serves_bulk_too(
     assert await client.receive(10) == [bytes(100)] * 10
 
 
-@pytest.mark.xfail(strict=True, reason="the first datagram is sent to a socket that the second one closed")
 async def test_datagrams_of_one_batch_whose_client_moves_in_between_all_arrive(
     farm: Farm, plane: Dataplane
 ) -> None:
