@@ -14,11 +14,18 @@ CEILING = 1_048_576
 def raise_descriptor_limit() -> int:
     """Raise the soft limit as far as the hard one allows; the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CEILING if hard == resource.RLIM_INFINITY else min(hard, CEILING)
-    if soft == resource.RLIM_INFINITY or soft < wanted:
+    current, wanted = _bounded(soft), _bounded(hard)
+    if current >= wanted:
+        return current
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
-    return min(soft, CEILING)
+    except (ValueError, OSError):  # a hard limit above fs.nr_open: the kernel refuses any change
+        return current
+    return wanted
+
+
+def _bounded(limit: int) -> int:
+    return CEILING if limit == resource.RLIM_INFINITY else min(limit, CEILING)
 
 
 def flows_that_fit(descriptors: int, listeners: int) -> int:

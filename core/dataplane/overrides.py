@@ -27,7 +27,7 @@ def load_overrides(directory: Path) -> Overrides:
         }
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; remove it to go by the configuration") from error
 
 
