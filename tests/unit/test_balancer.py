@@ -356,6 +356,13 @@ def test_a_persistence_is_suspended_after_faults_in_a_row_and_comes_back() -> No
     assert list(lb.decide(now=NOW + SUSPENSION).keys) == [b"own:1"]
 
 
+def test_faults_of_a_persistence_with_successes_between_do_not_suspend() -> None:
+    answers = iter(([None] * (FAULT_LIMIT - 1) + [[b"own:1"]]) * 3)
+    lb = Balancer(keys=lambda d: next(answers))
+    used = [list(lb.decide().keys) for _ in range(3 * FAULT_LIMIT)]
+    assert used == ([[CLIENT_KEY]] * (FAULT_LIMIT - 1) + [[b"own:1"]]) * 3
+
+
 def test_a_fault_does_not_grow_with_what_the_plugin_says() -> None:
     lb = Balancer(pick=raises(ValueError("x" * 100_000)), keys=lambda d: [b"x" * 100_000])
     lb.decide()

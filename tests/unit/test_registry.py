@@ -305,7 +305,7 @@ def test_suspension_follows_its_rule(script: list[tuple[bool, float]]) -> None:
         assert one.faults.total == total
 
 
-@given(st.text())
+@given(st.text() | st.text(min_size=TOLD))
 def test_what_an_exception_says_is_bounded(text: str) -> None:
     said = told(ValueError(text))
     assert said == f"ValueError: {text}"[:TOLD]
