@@ -245,13 +245,13 @@ class FlowTable:
         return iter(self.by_fd.values())
 
     def _add(self, flow: Flow) -> None:
+        self._epoll.register(flow.fd, select.EPOLLIN)
         self.by_fd[flow.fd] = flow
         flow.listener.flows[flow.peer] = flow
         flow.counters.flows += 1
         if not flow.key:
             flow.member.pinned += 1
         self._wheel.file(flow.fd, _due(flow))
-        self._epoll.register(flow.fd, select.EPOLLIN)
 
     def _connect(self, listener: Listener, endpoint: Address) -> tuple[socket.SocketType, int] | None:
         """An upstream socket and its port; ``None`` if there is none to be had, which is counted."""

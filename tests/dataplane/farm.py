@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -243,6 +244,10 @@ class Farm:
         """Who got that datagram last."""
         return next(seen for seen in reversed(self.seen) if seen.data == data)
 
+    def reload(self, plane: Dataplane, document: Document) -> None:
+        """Make it the running configuration."""
+        plane.reload(parse(text(document), REGISTRY))
+
     async def route(self, client: Client, data: bytes) -> tuple[str, int]:
         """Send a datagram, have it answered, and tell which gateway got it from which upstream port."""
         assert await client.ask(data) == data
@@ -280,6 +285,22 @@ async def running(document: Document) -> AsyncIterator[Dataplane]:
         await nursery.start(plane.run)
         yield plane
         nursery.cancel_scope.cancel()
+
+
+class Clock:
+    """Wall-clock seconds, put forward at will."""
+
+    def __init__(self) -> None:
+        self.ahead = 0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+async def advance(plane: Dataplane) -> None:
+    """What housekeeping does once a second."""
+    plane.forwarder.tick()
+    await plane._expire(int(plane.clock()))
 
 
 async def settle() -> None:

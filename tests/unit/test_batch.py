@@ -13,9 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sapin.core.dataplane.batch import (
-    MAX_GSO_BYTES,
-    MAX_SEGMENTS,
-    SLOTS,
     SOL_UDP,
     UDP_GRO,
     UDP_SEGMENT,
@@ -26,8 +23,8 @@ from sapin.core.dataplane.batch import (
     peer_of,
 )
 from sapin.core.dataplane.listeners import local_address
-from sapin.core.dataplane.segments import Run, pieces, runs
 
+SLOTS = 64
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 ADDRESSES = st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16)
 PORTS = st.integers(0, 65_535)
@@ -47,7 +44,7 @@ def host(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def batch(host: str) -> Batch:
-    return Batch(FAMILIES[host])
+    return Batch(FAMILIES[host], SLOTS)
 
 
 @pytest.fixture
@@ -159,7 +156,7 @@ def test_control_data_of_one_batch_does_not_outlive_it(
 
 
 def test_without_control_nothing_is_received_of_it(near: socket.socket, far: socket.socket) -> None:
-    batch = Batch(near.family, control=False)
+    batch = Batch(near.family, SLOTS, control=False)
     near.setsockopt(SOL_UDP, UDP_GRO, 1)
     far.sendto(b"data", near.getsockname())
     assert batch.segments(batch.receive(near.fileno())) is None
@@ -294,51 +291,3 @@ def test_whatever_the_control_data_is_nothing_is_raised(control: bytes) -> None:
     for _, _, data in ancillary(control):
         assert data in control
     local_address(control)
-
-
-# runs
-
-
-SLOT_SIZES = st.lists(st.integers(0, 3) | st.integers(0, 65_507), min_size=1, max_size=SLOTS)
-
-
-@given(st.data(), SLOT_SIZES)
-def test_runs_hold_every_datagram_once_in_order_and_within_the_kernels_bounds(
-    data: st.DataObject, sizes: list[int]
-) -> None:
-    merged = [
-        data.draw(st.integers(0, 1500)) if size > 1 and data.draw(st.booleans()) else 0 for size in sizes
-    ]
-    segments = data.draw(st.sampled_from([None, merged]))
-    found = list(runs(range(len(sizes)), sizes, segments))
-    assert [slot for run in found for slot in run.slots] == list(range(len(sizes)))
-    for run in found:
-        if len(run.slots) > 1:
-            *first, last = [sizes[slot] for slot in run.slots]
-            assert set(first) == {run.segment}
-            assert 0 < last <= run.segment
-            assert len(run.slots) <= MAX_SEGMENTS
-            assert sum(first) + last <= MAX_GSO_BYTES
-
-
-@given(st.data(), st.lists(st.integers(0, 200), min_size=1, max_size=SLOTS))
-def test_the_pieces_of_runs_are_the_datagrams_that_were_sent(data: st.DataObject, sizes: list[int]) -> None:
-    views = [memoryview(bytes([slot]) * size) for slot, size in enumerate(sizes)]
-    segments = [data.draw(st.integers(0, size)) for size in sizes]
-    sent = [
-        bytes(view[at : at + (segment or size)])
-        for view, size, segment in zip(views, sizes, segments, strict=True)
-        for at in (range(0, size, segment or size) if size else (0,))
-    ]
-    received = [
-        bytes(piece)
-        for run in runs(range(len(sizes)), sizes, segments)
-        for piece in pieces(run, views, sizes)
-    ]
-    assert received == sent
-
-
-def test_equal_datagrams_leave_as_one_run() -> None:
-    assert list(runs(range(4), [5, 5, 5, 3], None)) == [Run([0, 1, 2, 3], 5)]
-    assert list(runs(range(3), [3, 5, 5], None)) == [Run([0], 0), Run([1, 2], 5)]
-    assert list(runs([0, 2], [9, 1, 0], None)) == [Run([0], 0), Run([2], 0)]
