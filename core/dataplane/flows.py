@@ -230,10 +230,11 @@ class FlowTable:
                 self.close(flow)
         return looked == limit
 
-    def forget(self, keys: Collection[bytes]) -> None:
-        """Close the flows of pins that somebody deleted, so that their clients are decided anew."""
+    def forget(self, group: str, keys: Collection[bytes]) -> None:
+        """Close the flows of a group's pins that somebody deleted, so that their clients are decided anew."""
         for flow in [flow for flow in self.by_fd.values() if flow.key in keys]:
-            self.close(flow)
+            if flow.listener.service.group == group:
+                self.close(flow)
 
     def close_some(self, flows: Iterable[Flow], kept: Callable[[Flow], bool]) -> None:
         """Close those of the flows that are still open and not to be kept."""

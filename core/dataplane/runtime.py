@@ -80,7 +80,8 @@ class Dataplane:
         self.clock = steady_wall_clock()
         self.started = int(self.clock())
         self._random = random or Random()
-        self._deleted: set[bytes] = set()
+        self._deleted: defaultdict[str, set[Key]] = defaultdict(set)
+        """Keys of pins that are being deleted, by group."""
         self._stale = trio.Event()
         self._unprepared = trio.Event()
         self._reported: Counter[str] = Counter()
@@ -196,7 +197,8 @@ class Dataplane:
     def delete_pins(self, pins: Iterable[tuple[Group, Key]]) -> int:
         """Delete the pins that have these keys, and their flows; how many there were."""
         deleted = sum(group.table.remove(key) for group, key in pins)
-        self.forwarder.flows.forget(self._deleted)
+        for name, keys in self._deleted.items():
+            self.forwarder.flows.forget(name, keys)
         self._deleted.clear()
         self.store.flush()
         return deleted
@@ -296,7 +298,7 @@ class Dataplane:
         """Every change of an affinity table, to the journal."""
         self.store.append(change)
         if isinstance(change, Removed) and change.cause is Cause.DELETED:
-            self._deleted.update(change.keys)
+            self._deleted[change.group].update(change.keys)
 
     def _follow(self, old: Snapshot, new: Snapshot) -> None:
         """A new snapshot is out."""

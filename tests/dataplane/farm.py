@@ -192,7 +192,8 @@ class Farm:
         self, state_dir: Path, nursery: trio.Nursery, gateways: Mapping[str, str], *, apart: bool = False
     ) -> None:
         self.state_dir = state_dir
-        self.ports = dict(zip((IKE, NATT), free_ports(2), strict=True))
+        *both, self.spare_port = free_ports(3)
+        self.ports = dict(zip((IKE, NATT), both, strict=True))
         self.apart = dict(zip((IKE, NATT), free_ports(2), strict=True)) if apart else {}
         self.seen: list[Seen] = []
         """What gateways got, in order; over all of them."""
