@@ -95,7 +95,7 @@ class Admission:
             return None
         if decision.keys:
             group.table.put(decision.keys, decision.member, self.now)
-        return self._open(listener, peer, decision.member, decision)
+        return self._open(listener, peer, client, decision.member, decision)
 
     def _holds(self, flow: Flow, group: Group) -> bool:
         """Touch the flow's pin; whether it still says where the flow goes."""
@@ -129,13 +129,13 @@ class Admission:
         return True
 
     def _open(
-        self, listener: Listener, peer: Peer, member: Member, decision: balancer.Decision
+        self, listener: Listener, peer: Peer, client: Client, member: Member, decision: balancer.Decision
     ) -> Flow | None:
         service = listener.service
         key = decision.matched or (decision.keys[0] if decision.keys else b"")
         try:
             flow = self._flows.open(
-                listener, peer, member, self._routes[service.name][member.name], key, self.now
+                listener, peer, client, member, self._routes[service.name][member.name], key, self.now
             )
         except OSError:
             self.drops["server-unreachable"] += 1

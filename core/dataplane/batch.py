@@ -121,7 +121,10 @@ class Batch:
         """
         used = self.slots if self._for_sending else self._used
         self._for_sending = False
-        if used:
+        if used == 1:  # the usual case when there is little traffic, and then latency is what counts
+            self._namelens[0], self._controllens[0] = self._namelen, self._wanted_control
+            self._iovlens[0] = _BUFFER
+        elif used:
             self._namelens[:used] = self._full_name[:used]
             self._controllens[:used] = self._full_control[:used]
             self._iovlens[:used] = self._full_buffer[:used]
@@ -137,7 +140,7 @@ class Batch:
 
     def sizes(self, count: int) -> list[int]:
         """The lengths of the first ``count`` datagrams, in bytes."""
-        return self._lens[:count].tolist()
+        return [self._lens[0]] if count == 1 else self._lens[:count].tolist()
 
     def datagrams(self, sizes: list[int]) -> list[memoryview]:
         """The received datagrams. A batch that has the lengths of the one before costs nothing here."""
@@ -148,12 +151,12 @@ class Batch:
 
     def first_words(self, count: int) -> list[int]:
         """The first four bytes of each datagram as a number; what is zero may be IKE on UDP 4500."""
-        return self._first_words[:count].tolist()
+        return [self._first_words[0]] if count == 1 else self._first_words[:count].tolist()
 
     def peers(self, count: int) -> Sequence[int | bytes]:
         """Who sent each datagram, as something to look up: see :func:`peer_name`."""
         if self.family == socket.AF_INET:
-            return self._name_words[:count].tolist()
+            return [self._name_words[0]] if count == 1 else self._name_words[:count].tolist()
         names = self._names
         return [bytes(names[at : at + 28]) for at in range(0, count * _NAME, _NAME)]
 
@@ -162,6 +165,8 @@ class Batch:
 
         ``None``: there is no control data at all, as is usual. Only for sockets that have no other control data on.
         """
+        if count == 1 and not self._controllens[0]:
+            return None
         lengths = self._controllens[:count].tolist()
         if not any(lengths):
             return None
@@ -190,8 +195,11 @@ class Batch:
             self._namelens[:] = self._full_name
             self._controllens[:] = self._no_control
             self._for_sending = True
-        self._names[: count * _NAME] = b"".join(names)
-        self._iovlens[:count] = array("Q", sizes)
+        if count == 1:
+            self._names[:_NAME], self._iovlens[0] = names[0], sizes[0]
+        else:
+            self._names[: count * _NAME] = b"".join(names)
+            self._iovlens[:count] = array("Q", sizes)
         done = taken = 0
         while done < count:
             sent = _sendmmsg(fd, ctypes.c_void_p(self._vector + done * _HEADER), count - done, _MSG_DONTWAIT)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from sapin.core.contracts import Client
 from sapin.core.dataplane.batch import peer_address, peer_name, peer_of
 from sapin.core.dataplane.limits import RESERVED
 from sapin.core.dataplane.ports import PortPool
@@ -158,7 +159,14 @@ class FlowTable:
         return len(self.by_fd)
 
     def open(
-        self, listener: Listener, peer: Peer, member: Member, endpoint: Address, key: bytes, now: int
+        self,
+        listener: Listener,
+        peer: Peer,
+        client: Client,
+        member: Member,
+        endpoint: Address,
+        key: bytes,
+        now: int,
     ) -> Flow | None:
         """A new flow with an upstream port of its own; ``None`` if there can be none, which is counted.
 
@@ -173,7 +181,7 @@ class FlowTable:
             return None
         flow = Flow(listener, peer, member, key, *opened, endpoint, now)
         self._add(flow)
-        self._journal(record(flow))
+        self._journal(record(flow, *client))
         return flow
 
     def restore(
@@ -281,9 +289,8 @@ class FlowTable:
         return None
 
 
-def record(flow: Flow) -> FlowOpened:
-    """What a restart needs to open the flow again."""
-    address, port = peer_address(flow.peer)
+def record(flow: Flow, address: bytes, port: int) -> FlowOpened:
+    """What a restart needs to open the flow of that client again."""
     listener = flow.listener
     return FlowOpened(
         listener.service.name,

@@ -182,7 +182,7 @@ class Forwarder:
         heads = _heads(listener, batch, count)
         admit, tick, flows = self.admission.admit, self.admission.tick, listener.flows
         datagrams = batch.datagrams(sizes)
-        if segments is not None or len(set(peers)) < count:
+        if segments is not None or (count > 1 and len(set(peers)) < count):
             self._in_runs(listener, peers, datagrams, segments, heads)
             return
         for peer, datagram, size, head in zip(peers, datagrams, sizes, heads, strict=False):
