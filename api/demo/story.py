@@ -86,6 +86,8 @@ class Story:
         for act in acts:
             await act()
             await trio.sleep(self._pace.pause)
+        explained = await self._explain(self._clients[WAVE])
+        self.results.append(Result("one client", explained, "is pinned there" in explained))
 
     def _heed(self, told: Mapping[str, Any]) -> None:
         """A line of Sapin's log."""
@@ -152,7 +154,8 @@ class Story:
             + (f", and {again} of the {len(refused)} that had been refused" if refused else ""),
             self._count(clients) == WAVE and again == len(refused),
         )
-        await self._explain(clients[0])
+        self._screen.event(f"sapin explain {clients[0].address}")
+        self._screen.event(await self._explain(clients[0]))
 
     async def _gateway_dies(self) -> None:
         gateway = self._gateways[1]
@@ -286,11 +289,9 @@ class Story:
         answer = await self._balancer.call("reload")
         self._screen.event(f"sapin reload: {'; '.join(answer['changes'])}")
 
-    async def _explain(self, client: Client) -> None:
+    async def _explain(self, client: Client) -> str:
         answer = await self._balancer.call("explain", client=str(client.address))
-        self._screen.event(f"sapin explain {client.address}")
-        for sentence in sentences(answer, [], time.time()):
-            self._screen.event(sentence)
+        return next(sentences(answer, [], time.time()))
 
     async def _until(self, true: Callable[[], bool], what: str, *, strict: bool = True) -> None:
         with trio.move_on_after(LIMIT):

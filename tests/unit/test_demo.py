@@ -202,6 +202,7 @@ def test_it_shows_what_it_says(tmp_path: Path) -> None:
     assert re.search(r"gw3 kept (\d+) of its \1 clients; the new ones: 3 on gw1, 3 on gw2", out)
     assert re.search(r"; (\d+) of \1 tunnels went on, none of them connected anew", out)
     assert re.search(r"by source address 6 on gw\d; by IKE SPI 2 on gw1, 2 on gw2, 2 on gw3", out)
+    assert re.search(r"one client +127\.\d+\.10\.13 is on gw\d because key src:", out)
     assert "sapin init ikev2" in out
     assert list(tmp_path.iterdir()) == [], "it cleans up"
 
