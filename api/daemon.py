@@ -22,7 +22,7 @@ from sapin.core.model import Config
 from sapin.core.registry import PluginError, Registry
 
 RETRY = (1.0, 60.0)
-"""Seconds until a failed control socket is opened again: at first, and at most."""
+"""Seconds until a failed control socket is opened again: at first, and at most; as a part of the dataplane is."""
 
 log = structlog.get_logger("sapin.daemon")
 
@@ -83,17 +83,22 @@ def _reload(operations: Operations) -> None:
         changes = operations.reload()["changes"]
     except Refused as error:
         log.error("configuration not reloaded", reason=str(error))
+    except Exception:
+        log.exception("configuration not reloaded, or not as a whole")
     else:
         log.info("configuration reloaded", changes=changes)
 
 
 async def _keep_control(state_dir: Path, operations: Operations) -> None:
     """Whatever happens to the control socket, forwarding goes on."""
-    pause, longest = RETRY
+    shortest, longest = RETRY
+    pause = shortest
     while True:
+        began = trio.current_time()
         try:
             await control.serve(state_dir, operations.table())
         except Exception as error:
+            pause = pause if trio.current_time() - began < longest else shortest
             log.error("control socket failed; it will be opened again", reason=repr(error), seconds=pause)
         await trio.sleep(pause)
         pause = min(2 * pause, longest)

@@ -63,9 +63,12 @@ class Admission:
         return self._routes[service][server]
 
     def belongs(self, flow: Flow) -> bool:
-        """Whether the flow's server is still there and keeps its clients."""
-        group = self.groups.get(flow.listener.service.name)
-        return group is not None and _belongs(flow.member, group)
+        """Whether the flow's server is still there, where it was, and keeps its clients."""
+        service = flow.listener.service.name
+        group = self.groups.get(service)
+        if group is None or not _belongs(flow.member, group):
+            return False
+        return self._routes[service][flow.member.name] == flow.endpoint
 
     def admit(self, listener: Listener, peer: Peer, flow: Flow | None, data: memoryview) -> Flow | None:
         """The flow that the datagram belongs to, perhaps a new one; ``None`` if it is to be dropped.

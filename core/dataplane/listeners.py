@@ -40,16 +40,23 @@ class Listener:
     """A bound UDP socket of a virtual service, and the flows of the clients that send to it.
 
     Args:
-        view: the service.
+        service: whose datagrams it takes.
         address: where to bind; the service's own, or a local address of a wildcard service.
         counters: those of the service, by server; shared by all its listeners.
+        share: bind beside a listener that shares its address (:meth:`share`).
 
     Raises:
         ListenError: it cannot be bound.
     """
 
     def __init__(
-        self, service: VirtualService, address: IPAddress, buffer: int, counters: dict[str, Counters]
+        self,
+        service: VirtualService,
+        address: IPAddress,
+        buffer: int,
+        counters: dict[str, Counters],
+        *,
+        share: bool = False,
     ) -> None:
         self.address = address
         self.local = b"" if address == service.address else address.packed
@@ -58,7 +65,8 @@ class Listener:
         self.family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         self.counters = counters
         self.flows: dict[Peer, Flow] = {}
-        self.sock = _bind(service, Endpoint(address, service.port), self.family, self.wildcard)
+        share = share or service.address.is_unspecified
+        self.sock = _bind(service, Endpoint(address, service.port), self.family, self.wildcard, share)
         self.fd = self.sock.fileno()
         self.buffer = _grow(self.sock, buffer)
         """Bytes of receive buffer that the kernel has given."""
@@ -68,6 +76,12 @@ class Listener:
         """Take over what a reload may change while the socket stays."""
         self.service = service
         self.flow_timeout = int(service.flow_timeout)
+
+    def share(self, shared: bool) -> None:
+        """Whether another listener may be bound to the same address, while one takes the place of the other."""
+        self.sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, shared or self.service.address.is_unspecified
+        )
 
     def close(self) -> None:
         """Close the socket; the flows are up to the caller."""
@@ -100,7 +114,7 @@ def merged_size(control: bytes) -> int:
 
 
 def _bind(
-    service: VirtualService, endpoint: Endpoint, family: socket.AddressFamily, wildcard: bool
+    service: VirtualService, endpoint: Endpoint, family: socket.AddressFamily, wildcard: bool, share: bool
 ) -> socket.SocketType:
     sock = None
     try:
@@ -110,8 +124,7 @@ def _bind(
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(*NO_PATH_MTU[family])
-        if service.address.is_unspecified:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, share)
         if wildcard and family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         elif wildcard:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
 from random import Random
 
@@ -103,9 +104,11 @@ class Dataplane:
         """How often a part of the dataplane had to be started again."""
         self.store = Store(config.node.state_dir)
         self.store.open()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.store.close)
             restored = self.store.load()
             self.writer = Writer(registry, self._feed, config, load_overrides(config.node.state_dir))
+            undo.callback(self.writer.close)
             self.prober = Prober(self.writer, registry, self._random)
             self.forwarder = Forwarder(
                 journal=self.store.append,
@@ -116,15 +119,14 @@ class Dataplane:
                 descriptors=descriptors,
                 ports=upstream_ranges(*UPSTREAM_PORTS, ephemeral_ports()),
             )
+            undo.callback(self.forwarder.close)
             self._counters: dict[str, dict[str, Counters]] = {}
             self.forwarder.apply(self.writer.snapshot)
             for service in config.virtual_services:
                 for listener in self._bind(service):
                     self.forwarder.add_listener(listener)
             self._restore(restored)
-        except BaseException:
-            self.store.close()
-            raise
+            undo.pop_all()
         self.writer.subscribe(self._follow)
         self._warn_of_limits(descriptors)
 
@@ -177,23 +179,41 @@ class Dataplane:
             PluginError: a plugin cannot be used.
             OSError: it is in force, but the admin states that it changes could not be saved.
         """
-        known = {listener.service.name: listener.service for listener in self.forwarder.listeners}
-        new = [
-            s for s in config.virtual_services if s.name not in known or s.endpoint != known[s.name].endpoint
-        ]
-        fresh: list[Listener] = []
-        try:
-            for service in new:
-                fresh += self._bind(service)
+        wanted = {service.name: service for service in config.virtual_services}
+        leaving = [each for each in self.forwarder.listeners if not _serves(each, wanted)]
+        staying = {each.service.name for each in self.forwarder.listeners if _serves(each, wanted)}
+        new = [service for service in config.virtual_services if service.name not in staying]
+        with self._bound(new, leaving) as fresh:
             self.writer.load(config)
-        except BaseException:
-            for listener in fresh:
-                listener.close()
-            raise
-        self._renew_listeners(config, {service.name for service in new})
+        for listener in leaving:
+            self.forwarder.remove_listener(listener)
+        for listener in self.forwarder.listeners:
+            listener.update(wanted[listener.service.name])
         for listener in fresh:
+            listener.share(False)
             self.forwarder.add_listener(listener)
+        for name in self._counters.keys() - wanted.keys():
+            del self._counters[name]
+        self.store.flush()
         self._save_overrides()
+
+    @contextmanager
+    def _bound(
+        self, services: Iterable[VirtualService], leaving: Sequence[Listener]
+    ) -> Iterator[Sequence[Listener]]:
+        """Bind listeners, also where those that leave still are; if the context fails, all is as it was."""
+        ports = {listener.service.port for listener in leaving}
+        fresh: list[Listener] = []
+        with ExitStack() as undo:
+            for listener in leaving:
+                undo.callback(listener.share, False)
+                listener.share(True)
+            for service in services:
+                for listener in self._bind(service, share=service.port in ports):
+                    undo.callback(listener.close)
+                    fresh.append(listener)
+            yield fresh
+            undo.pop_all()
 
     def set_admin(self, service: str, server: str, state: AdminState) -> None:
         """Set what the operator wants of a server, in the whole affinity group, and keep it over restarts.
@@ -223,11 +243,13 @@ class Dataplane:
 
     # starting
 
-    def _bind(self, service: VirtualService) -> list[Listener]:
+    def _bind(self, service: VirtualService, *, share: bool = False) -> list[Listener]:
         counters = self._counters.setdefault(service.name, defaultdict(Counters))
         bound: list[Listener] = []
         try:
-            bound.extend(Listener(service, at, self._buffer, counters) for at in addresses(service))
+            bound.extend(
+                Listener(service, at, self._buffer, counters, share=share) for at in addresses(service)
+            )
         except ListenError:
             for listener in bound:
                 listener.close()
@@ -276,7 +298,7 @@ class Dataplane:
         member = view.group.members.get(old.server) if view else None
         if view is not None and member is not None and member.keeps:
             listener = listeners.get((old.service, old.local)) or self._local(view.service, old.local)
-            if listener is not None:
+            if listener is not None and _may_have(listener, old):
                 listeners[old.service, old.local] = listener
                 route = self.forwarder.admission.route(old.service, old.server)
                 if self.forwarder.flows.restore(listener, old, member, route, int(self.clock())):
@@ -321,26 +343,14 @@ class Dataplane:
         self._stale.set()
         self._unprepared.set()
 
-    def _renew_listeners(self, config: Config, moved: set[str]) -> None:
-        services = {service.name: service for service in config.virtual_services}
-        for listener in self.forwarder.listeners:
-            service = services.get(listener.service.name)
-            if service is None or service.name in moved:
-                self.forwarder.remove_listener(listener)
-            else:
-                listener.update(service)
-        for name in [name for name in self._counters if name not in services]:
-            del self._counters[name]
-
     async def _drop_stale(self) -> None:
         """Close the flows of servers that lost their clients, a few at a time."""
         while True:
             await self._stale.wait()
             self._stale = trio.Event()
-            flows, belongs = self.forwarder.flows, self.forwarder.admission.belongs
-            stale = [flow for flow in flows if not belongs(flow)]
-            for at in range(0, len(stale), STEP):
-                flows.close_some(stale[at : at + STEP], belongs)
+            belongs, flows = self.forwarder.admission.belongs, list(self.forwarder.flows)
+            for at in range(0, len(flows), STEP):
+                self.forwarder.flows.close_some(flows[at : at + STEP], belongs)
                 self.store.flush()
                 await trio.lowlevel.checkpoint()
 
@@ -427,3 +437,14 @@ class Dataplane:
             log.error(
                 "pins and flows are not on disk: a restart now would lose them", reason=self.store.failed
             )
+
+
+def _serves(listener: Listener, wanted: Mapping[str, VirtualService]) -> bool:
+    """Whether the listener's service is wanted, and where it is."""
+    service = wanted.get(listener.service.name)
+    return service is not None and service.endpoint == listener.service.endpoint
+
+
+def _may_have(listener: Listener, flow: FlowOpened) -> bool:
+    """Whether the flow can be the listener's; the configuration may have changed since it was."""
+    return not listener.wildcard and len(flow.client) == listener.address.max_prefixlen // 8
