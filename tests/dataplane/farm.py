@@ -279,9 +279,9 @@ def plane_of(document: Document, seed: int = 1) -> Dataplane:
 
 
 @asynccontextmanager
-async def running(document: Document) -> AsyncIterator[Dataplane]:
+async def running(document: Document, seed: int = 1) -> AsyncIterator[Dataplane]:
     """A dataplane that runs while the context lasts."""
-    plane = plane_of(document)
+    plane = plane_of(document, seed)
     async with trio.open_nursery() as nursery:
         await nursery.start(plane.run)
         yield plane
