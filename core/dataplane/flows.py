@@ -195,6 +195,7 @@ class FlowTable:
             return False
         flow = Flow(listener, peer, member, record.key, sock, record.upstream_port, endpoint, now)
         flow.confirmed = True
+        flow.opened = record.opened
         self._taken.setdefault(endpoint, set()).add(flow.port)
         self._add(flow)
         return True
