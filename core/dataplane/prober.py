@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 import trio
@@ -20,7 +21,7 @@ import trio
 from sapin.core.contracts import CheckResult, HealthCheck, Target
 from sapin.core.health import CheckState, combine
 from sapin.core.model import AdminState, CheckSpec, Health
-from sapin.core.registry import Hosted, PluginError, Registry
+from sapin.core.registry import Hosted, PluginError, Registry, told
 from sapin.core.snapshot import Group, Member, Snapshot
 from sapin.core.writer import Writer
 
@@ -187,9 +188,7 @@ class Prober:
             return
         try:
             with trio.fail_after(spec.timeout):
-                result = await finding.hosted.plugin.check(probe.target)
-            if not isinstance(result, CheckResult):
-                raise TypeError(f"{result!r:.100} is not a CheckResult")
+                result = _checked(await finding.hosted.plugin.check(probe.target))
         except trio.TooSlowError:
             result = CheckResult(False, f"no answer within {spec.timeout:g} s")
         except OSError as error:
@@ -199,7 +198,7 @@ class Prober:
                 return
             result = CheckResult(False, error.strerror or str(error))
         except Exception as error:
-            self._fault(finding, f"{type(error).__name__}: {error}", started)
+            self._fault(finding, told(error), started)
             return
         finding.hosted.faults.in_a_row = 0
         finding.checked_at = trio.current_time()
@@ -261,6 +260,28 @@ class Prober:
     def _member(self, probe: Probe) -> Member | None:
         group = self._writer.snapshot.groups.get(probe.group)
         return group.members.get(probe.target.server) if group else None
+
+
+def _checked(result: object) -> CheckResult:
+    """The result itself.
+
+    Raises:
+        TypeError: it is not what the contract allows.
+    """
+    if isinstance(result, CheckResult) and _is_sound(result):
+        return result
+    raise TypeError(f"{result!r:.100} is not a CheckResult")
+
+
+def _is_sound(result: Any) -> bool:
+    """Whether the fields are what they are declared to be: who reads them relies on it."""
+    return (
+        isinstance(result.healthy, bool)
+        and isinstance(result.reason, str)
+        and (result.round_trip is None or 0 <= result.round_trip < inf)
+        and (result.share is None or (type(result.share) is int and result.share >= 0))
+        and (result.state is None or isinstance(result.state, AdminState))
+    )
 
 
 def probes(snapshot: Snapshot) -> Iterator[Probe]:
