@@ -43,8 +43,16 @@ def logs() -> Iterator[list[MutableMapping[str, Any]]]:
         yield entries
 
 
-@pytest.fixture(autouse=True)
-def _thaw() -> Iterator[None]:
-    """A running dataplane freezes the garbage collector's view of the whole process."""
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> Iterator[None]:
+    """What pytest has in memory is left out of the garbage collection that each start of a dataplane begins with."""
+    gc.collect()
+    gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dataplanes end with their test here, and are garbage then."""
+    monkeypatch.setattr(gc, "freeze", lambda: None)

@@ -28,6 +28,7 @@ from sapin.core import ike
 from sapin.core.config import parse
 from sapin.core.dataplane.batch import peer_address
 from sapin.core.dataplane.flows import Flow
+from sapin.core.dataplane.limits import raise_descriptor_limit
 from sapin.core.dataplane.runtime import UPSTREAM_PORTS, Dataplane
 from sapin.core.registry import Registry
 
@@ -37,7 +38,7 @@ PATIENCE = 10.0
 """Seconds to wait for what should come at once, on a busy machine."""
 SILENCE = 0.05
 """Seconds after which nothing comes any more; loopback delivers within the system call."""
-DESCRIPTORS = 20_000
+DESCRIPTORS = raise_descriptor_limit()
 SOL_UDP, UDP_SEGMENT = 17, 103
 REGISTRY = Registry()
 
@@ -401,11 +402,15 @@ class Daemon:
         """Start it, and wait until it forwards."""
         process = self.launch()
         await eventually(lambda: self.events("forwarding") or process.poll() is not None, 3 * PATIENCE)
-        assert process.poll() is None, self._log.read_text()
+        assert process.poll() is None, self.output()
+
+    def output(self) -> str:
+        """All that it has written since its start."""
+        return self._log.read_bytes()[self._read :].decode()
 
     def events(self, event: str) -> list[Mapping[str, Any]]:
         """Its log entries of that event since its start."""
-        lines = self._log.read_bytes()[self._read :].decode().splitlines()
+        lines = self.output().splitlines()
         entries = [json.loads(line) for line in lines if line.startswith("{")]
         return [entry for entry in entries if entry["event"] == event]
 

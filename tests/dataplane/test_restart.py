@@ -90,6 +90,7 @@ class Tunnels:
 # kill -9
 
 
+@pytest.mark.slow
 async def test_tunnels_go_on_through_kills_under_traffic(
     farm: Farm, document: Document, daemon: MakeDaemon
 ) -> None:
@@ -121,22 +122,24 @@ async def test_tunnels_go_on_through_kills_under_traffic(
     assert checkpoints > 0
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 async def test_a_torn_write_costs_what_it_tore_and_nothing_before(
-    farm: Farm, document: Document, daemon: MakeDaemon
+    farm: Farm, document: Document, logs: list[dict[str, Any]], share: float
 ) -> None:
-    node = daemon(document)
-    await node.start()
-    tunnels = Tunnels(farm, 4)
-    before = await tunnels.connect()
-    late = farm.client(NATT)
-    await farm.route(late, framed(ike_message(b"the_last")))
-    await node.kill()
+    async with running(document):
+        tunnels = Tunnels(farm, 10)
+        before = await tunnels.connect()
     journal = max(farm.state_dir.glob("journal-*"))
-    os.truncate(journal, journal.stat().st_size - 3)
-    await node.start()
-    assert " 0 torn bytes" not in node.events("state restored")[0]["found"]
-    assert await tunnels.connect() == before
-    await farm.route(late, framed(ike_message(b"the_last")))
+    os.truncate(journal, int(journal.stat().st_size * share))
+    async with running(document) as plane:
+        (report,) = [entry for entry in logs if entry["event"] == "state restored"][1:]
+        assert " 0 torn bytes" not in report["found"]
+        kept = len(plane.snapshot.groups[IKE].table)
+        assert 10 * share - 2 <= kept <= 10 * share + 1
+        after = await tunnels.connect()
+        assert after[: kept - 1] == before[: kept - 1]
+    async with running(document):
+        assert await tunnels.connect() == after
 
 
 async def test_sigterm_ends_the_daemon_and_loses_nothing(
@@ -158,19 +161,17 @@ async def test_sigterm_ends_the_daemon_and_loses_nothing(
 async def test_a_second_daemon_on_the_state_directory_is_refused(
     farm: Farm, document: Document, daemon: MakeDaemon
 ) -> None:
-    node = daemon(document)
-    await node.start()
-    client = farm.client(NATT)
-    home = await farm.route(client, esp(1))
-    second = Daemon(document)
-    second.launch()
-    assert await second.wait() == 1
-    assert node.process is not None
-    assert f"is in use by process {node.process.pid}" in second._log.read_text()
-    with pytest.raises(StoreError, match="is in use by process"):
-        plane_of(document)
-    assert await farm.route(client, esp(2)) == home
-    assert (await node.call("status"))["flows"] == 1
+    async with running(document) as plane:
+        client = farm.client(NATT)
+        home = await farm.route(client, esp(1))
+        second = daemon(document)
+        second.launch()
+        assert await second.wait() == 1
+        assert f"is in use by process {os.getpid()}" in second.output()
+        with pytest.raises(StoreError, match="is in use by process"):
+            plane_of(document)
+        assert await farm.route(client, esp(2)) == home
+        assert len(plane.forwarder.flows) == 1
 
 
 # what is different when the daemon comes back
