@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
@@ -142,3 +143,25 @@ class Lab:
 def service(*servers: str, checks: tuple[CheckSpec, ...] = (spec(),), **changes: Any) -> VirtualService:
     """A virtual service of these servers, gw1 and gw2 by default, with these checks."""
     return fakes.leader(*fakes.servers(*(servers or ("gw1", "gw2"))), checks=checks, **changes)
+
+
+def always(step: Step) -> Script:
+    """The same from every server."""
+    return lambda name, target, now: step
+
+
+def in_turn(*outcomes: Any) -> Script:
+    """Of gw1 these outcomes, the last one for ever; the others are fine."""
+    rest = list(outcomes)
+
+    def script(name: str, target: Target, now: float) -> Step:
+        if target.server != "gw1":
+            return Step(UP)
+        return Step(rest.pop(0) if len(rest) > 1 else rest[0])
+
+    return script
+
+
+def pauses(runs: Sequence[Run]) -> list[float]:
+    """Seconds from the end of each run to the start of the next."""
+    return [after.started - (before.ended or 0) for before, after in pairwise(runs)]
