@@ -1,7 +1,8 @@
 """Runs of datagrams of one flow, sent in one call (UDP_SEGMENT, udp(7), Linux 4.18).
 
 The kernel cuts a run into datagrams as they came: the receiver sees no difference. A run holds datagrams of
-one size, in their order; only its last one may be shorter.
+one size, in their order; only its last one may be shorter. What the kernel has merged on receiving (UDP_GRO) is several
+datagrams, and may be joined with others of their size.
 """
 
 from __future__ import annotations
@@ -41,31 +42,29 @@ def runs(datagrams: Sequence[memoryview], segments: Sequence[int] | None) -> Ite
 
 def _cut(datagrams: Sequence[memoryview], segments: Sequence[int]) -> Iterator[Run]:
     run: list[memoryview] = []
-    size = 0
+    size = parts = total = 0
     for datagram, merged in zip(datagrams, segments, strict=True):
         length = len(datagram)
-        if run and (merged or length > size or not length or not _has_room(run, size, length)):
-            yield _run(run, size)
+        part = merged if 0 < merged < length else length
+        count = -(-length // part) if part else 1
+        fits = parts + count <= MAX_SEGMENTS and total + length <= MAX_GSO_BYTES
+        if run and not (fits and length and (part == size or (count == 1 and length < size))):
+            yield _run(run, size, parts)
             run = []
-        if merged:
-            yield Run([datagram], merged if merged < length else 0)
-            continue
         if not run:
-            size = length
+            size, parts, total = part, 0, 0
         run.append(datagram)
-        if length < size:
-            yield _run(run, size)
+        parts += count
+        total += length
+        if total < parts * size:  # the last one is shorter, and nothing may follow it
+            yield _run(run, size, parts)
             run = []
     if run:
-        yield _run(run, size)
+        yield _run(run, size, parts)
 
 
-def _has_room(run: Sequence[memoryview], size: int, length: int) -> bool:
-    return len(run) < MAX_SEGMENTS and len(run) * size + length <= MAX_GSO_BYTES
-
-
-def _run(run: Sequence[memoryview], size: int) -> Run:
-    return Run(run, size if len(run) > 1 else 0)
+def _run(run: Sequence[memoryview], size: int, parts: int) -> Run:
+    return Run(run, size if parts > 1 else 0)
 
 
 def pieces(run: Run) -> Iterator[memoryview]:

@@ -51,10 +51,10 @@ def test_runs_are_all_datagrams_in_their_order(batch: Batch) -> None:
 @given(batches())
 def test_every_run_is_one_that_the_kernel_takes(batch: Batch) -> None:
     """All of one size but the last, which is neither longer nor empty; within the bounds of UDP_SEGMENT."""
-    for run, merged in placed(batch):
-        lengths = list(map(len, run.buffers))
-        if len(lengths) > 1:
-            assert not any(merged)
+    for run in runs(*batch):
+        lengths = list(map(len, pieces(run)))
+        if len(run.buffers) > 1:
+            assert all(len(buffer) % run.segment == 0 for buffer in run.buffers[:-1])
             assert set(lengths[:-1]) == {run.segment}
             assert 0 < lengths[-1] <= run.segment
             assert len(lengths) <= MAX_SEGMENTS
@@ -71,16 +71,17 @@ def test_a_datagram_alone_goes_as_it_came(batch: Batch) -> None:
 
 @given(batches())
 def test_no_run_is_cut_without_need(batch: Batch) -> None:
-    for (run, merged), (following, next_merged) in pairwise(placed(batch)):
-        lengths = list(map(len, run.buffers))
+    for (run, _), (following, merged) in pairwise(placed(batch)):
+        lengths = list(map(len, pieces(run)))
         more = len(following.buffers[0])
+        own = merged[0] if 0 < merged[0] < more else more
+        parts = -(-more // own) if own else 1
         assert (
-            any(merged)
-            or next_merged[0]
-            or lengths[-1] < lengths[0]
-            or more > lengths[0]
+            lengths[-1] < lengths[0]
+            or own > lengths[0]
+            or (own < lengths[0] and parts > 1)
             or more == 0
-            or len(lengths) == MAX_SEGMENTS
+            or len(lengths) + parts > MAX_SEGMENTS
             or sum(lengths) + more > MAX_GSO_BYTES
         )
 
@@ -116,6 +117,25 @@ def test_the_pieces_of_all_runs_are_the_datagrams(batch: Batch) -> None:
 def test_runs_by_example(sizes: list[int], expected: list[tuple[list[int], int]]) -> None:
     datagrams = [MEMORY[at : at + size] for at, size in enumerate(sizes)]
     found = list(runs(datagrams, None))
+    assert found == [Run([datagrams[slot] for slot in slots], segment) for slots, segment in expected]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "segments", "expected"),
+    [
+        ([300, 300], [100, 100], [([0, 1], 100)]),
+        ([300, 250, 300], [100, 100, 100], [([0, 1], 100), ([2], 100)]),
+        ([300, 100, 40], [100, 0, 0], [([0, 1, 2], 100)]),
+        ([300, 300], [100, 150], [([0], 100), ([1], 150)]),
+        ([100, 300], [0, 100], [([0, 1], 100)]),
+        ([4_000, 3_000], [100, 100], [([0], 100), ([1], 100)]),
+    ],
+)
+def test_merged_datagrams_by_example(
+    sizes: list[int], segments: list[int], expected: list[tuple[list[int], int]]
+) -> None:
+    datagrams = [MEMORY[at : at + size] for at, size in enumerate(sizes)]
+    found = list(runs(datagrams, segments))
     assert found == [Run([datagrams[slot] for slot in slots], segment) for slots, segment in expected]
 
 
