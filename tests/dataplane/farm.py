@@ -173,6 +173,12 @@ class Client:
         (answer,) = await self.receive()
         return answer
 
+    async def hear(self, data: bytes) -> None:
+        """Wait for this datagram, whatever comes before it."""
+        with trio.fail_after(PATIENCE):
+            while await self.sock.recv(65_535) != data:
+                pass
+
     async def hears_nothing(self) -> bool:
         """Whether nothing comes any more."""
         with trio.move_on_after(SILENCE):
@@ -193,9 +199,9 @@ class Farm:
         self, state_dir: Path, nursery: trio.Nursery, gateways: Mapping[str, str], *, apart: bool = False
     ) -> None:
         self.state_dir = state_dir
-        *both, self.spare_port = free_ports(3)
-        self.ports = dict(zip((IKE, NATT), both, strict=True))
-        self.apart = dict(zip((IKE, NATT), free_ports(2), strict=True)) if apart else {}
+        self.spare_port, *ports = free_ports(5)
+        self.ports = dict(zip((IKE, NATT), ports[:2], strict=True))
+        self.apart = dict(zip((IKE, NATT), ports[2:], strict=True)) if apart else {}
         self.seen: list[Seen] = []
         """What gateways got, in order; over all of them."""
         self.gateways = {

@@ -303,14 +303,14 @@ async def test_an_idle_flow_goes_after_its_timeout_and_not_before(farm: Farm, cl
         client = farm.client(NATT)
         for _ in range(2):
             await farm.route(client, framed(ike_message(b"a_client")))
-        clock.ahead += 599
+        clock.ahead += 590
         await advance(plane)
         assert len(plane.forwarder.flows) == 1
         farm.gateways[farm.seen[-1].gateway].socks[NATT]._sock.sendto(
             b"x", ("127.0.0.1", farm.seen[-1].upstream)
         )  # type: ignore[attr-defined]
         await settle()
-        clock.ahead += 2
+        clock.ahead += 20
         await advance(plane)
         assert len(plane.forwarder.flows) == 1, "the server has spoken meanwhile"
         for _ in range(2):  # it is looked at only so often
