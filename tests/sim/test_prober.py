@@ -250,6 +250,15 @@ async def test_a_plugin_that_recovers_goes_on(autojump_clock: MockClock) -> None
         assert lab.finding("gw1").hosted.faults.in_a_row == 0
 
 
+async def test_faults_with_answers_between_do_not_suspend(autojump_clock: MockClock) -> None:
+    rest = [*[ValueError("no")] * (FAULT_LIMIT - 1), UP] * 3
+    lab = Lab(fakes.config(service("gw1")), in_turn(*rest))
+    async with lab.probing():
+        await trio.sleep(10 * len(rest))
+        assert len(lab.runs) == len(rest)
+        assert lab.finding("gw1").hosted.faults.suspended_until == 0
+
+
 async def test_the_worst_of_several_checks_decides(autojump_clock: MockClock) -> None:
     def script(name: str, target: Target, now: float) -> Step:
         return Step(DOWN if name == "icmp" and target.server == "gw1" and 50 < now < 100 else UP)
@@ -365,3 +374,13 @@ async def test_response_times_are_averaged(autojump_clock: MockClock) -> None:
     second = 0.1 + SMOOTHING * 0.1
     assert found == pytest.approx([0.1, second, second + SMOOTHING * (0.2 - second)])
     assert lab.member("gw2").response_time is None
+
+
+async def test_different_checks_do_not_mix_their_times(autojump_clock: MockClock) -> None:
+    """The first that measures one keeps the server's time, and what was there before it wears off."""
+    answers = {"none": UP, "ike": CheckResult(True, "", 0.1), "icmp": CheckResult(True, "", 9.0)}
+    checks = tuple(map(spec, answers))
+    lab = Lab(fakes.config(service("gw1", checks=checks)), lambda name, *_: Step(answers[name]))
+    async with lab.probing():
+        await trio.sleep(250)
+        assert lab.member("gw1").response_time == pytest.approx(0.1, abs=0.01)

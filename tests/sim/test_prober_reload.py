@@ -7,8 +7,9 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
+from sapin.core.contracts import CheckResult
 from sapin.core.dataplane.prober import SPREAD
-from sapin.core.model import Health
+from sapin.core.model import AdminState, Health
 from tests import fakes
 from tests.sim.probing import DOWN, UP, Lab, Step, always, pauses, service, spec
 
@@ -78,6 +79,17 @@ async def test_what_was_found_stands_when_only_the_times_of_a_check_change(autoj
         await trio.lowlevel.checkpoint()
         assert lab.member("gw1").health is UNHEALTHY
         assert lab.told == [lab.told[0], lab.writer.snapshot]
+
+
+async def test_what_an_agent_asked_for_stands_too(autojump_clock: MockClock) -> None:
+    draining = CheckResult(True, "drained by hand", None, 40, AdminState.DRAINING)
+    lab = Lab(fakes.config(service("gw1")), always(Step(draining)))
+    async with lab.probing():
+        await trio.sleep(1)
+        lab.script = always(Step(UP))
+        lab.load(service("gw1", checks=(spec(interval=60.0),)))
+        await trio.sleep(1)
+        assert (lab.member("gw1").asked, lab.member("gw1").share) == (AdminState.DRAINING, 40)
 
 
 async def test_a_server_without_its_failing_check_is_unknown(autojump_clock: MockClock) -> None:
