@@ -49,6 +49,8 @@ REPORT = 60
 RESTART = (0.01, 5.0)
 """Seconds until a part that failed is started again: at first, and at most. One that has run for longer than the
 most before it failed counts as failing for the first time."""
+PREPARATION = (1.0, 10.0)
+"""Seconds that a start waits for the schedulers' tables, and that one scheduler may take at any time."""
 THAW = 3600
 """Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
 
@@ -99,6 +101,8 @@ class Dataplane:
         """Keys of pins that are being deleted, by group."""
         self._stale = trio.Event()
         self._unprepared = trio.Event()
+        self._preparing = trio.CapacityLimiter(4)
+        """Threads for plugins, which may hang, apart from those that the disk needs."""
         self._reported: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         """How often a part of the dataplane had to be started again."""
@@ -138,12 +142,14 @@ class Dataplane:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Forward, check and keep house until cancelled; then leave everything on disk."""
         try:
-            await self._prepare(self.snapshot)
+            with trio.move_on_after(PREPARATION[0]):
+                await self._prepare(self.snapshot)
             gc.collect()
             gc.freeze()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._supervise, "forwarder", self.forwarder.run)
                 nursery.start_soon(self._supervise, "checks", self.prober.run)
+                nursery.start_soon(self._supervise, "time", self._keep_time)
                 nursery.start_soon(self._supervise, "housekeeping", self._keep_house)
                 nursery.start_soon(self._supervise, "stale flows", self._drop_stale)
                 nursery.start_soon(self._supervise, "preparation", self._keep_prepared)
@@ -346,19 +352,19 @@ class Dataplane:
     async def _drop_stale(self) -> None:
         """Close the flows of servers that lost their clients, a few at a time."""
         while True:
-            await self._stale.wait()
             self._stale = trio.Event()
             belongs, flows = self.forwarder.admission.belongs, list(self.forwarder.flows)
             for at in range(0, len(flows), STEP):
                 self.forwarder.flows.close_some(flows[at : at + STEP], belongs)
                 self.store.flush()
                 await trio.lowlevel.checkpoint()
+            await self._stale.wait()
 
     async def _keep_prepared(self) -> None:
         while True:
-            await self._unprepared.wait()
             self._unprepared = trio.Event()
             await self._prepare(self.snapshot)
+            await self._unprepared.wait()
 
     async def _prepare(self, snapshot: Snapshot) -> None:
         """Let schedulers that have tables build them, in a thread, for the current candidates."""
@@ -368,25 +374,33 @@ class Dataplane:
                 if prepare is None or not pool.candidates:
                     continue
                 try:
-                    await trio.to_thread.run_sync(prepare, pool.candidates)
+                    with trio.fail_after(PREPARATION[1]):
+                        await trio.to_thread.run_sync(
+                            prepare, pool.candidates, abandon_on_cancel=True, limiter=self._preparing
+                        )
                 except Exception as error:
                     pool.scheduler.fault(f"prepare: {type(error).__name__}: {error}", self.clock())
 
     # housekeeping
 
+    async def _keep_time(self) -> None:
+        """Once a second, whatever the disk does: what is due."""
+        while True:
+            await trio.sleep(1)
+            self.forwarder.tick()
+            await self._expire(int(self.clock()))
+            self.store.flush()
+
     async def _keep_house(self) -> None:
-        """Once a second: time, expiry, disk, garbage; never much in one step."""
+        """Once a second: disk, garbage, and what there is to report."""
         noted = reported = thawed = self.clock()
         while True:
             await trio.sleep(1)
             now = self.clock()
-            self.forwarder.tick()
             if now - noted >= TICK:
                 noted = now
-                self.store.append(Tick(int(self.clock())))
-            await self._expire(int(now))
-            self.store.flush()
-            await self.store.maintain(self._live, int(self.clock()))
+                self.store.append(Tick(int(now)))
+            await self.store.maintain(self._live, int(now))
             if now - reported >= REPORT:
                 reported = now
                 self._report()

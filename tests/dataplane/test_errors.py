@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from itertools import pairwise
 
 import pytest
@@ -15,9 +16,12 @@ from sapin.core.dataplane.prober import MIN_WAKE
 from sapin.core.dataplane.runtime import Dataplane
 from sapin.core.model import AdminState, Health
 from sapin.plugins.checks.udp import UdpCheck
+from sapin.plugins.schedulers.maglev import Maglev
+from sapin.plugins.schedulers.round_robin import RoundRobin
 from tests.dataplane.farm import (
     IKE,
     NATT,
+    PATIENCE,
     SILENCE,
     Client,
     Farm,
@@ -216,7 +220,7 @@ async def test_a_round_that_raises_is_counted_and_forwarding_goes_on(
     [
         ("checks", "sapin.core.dataplane.prober.Prober._reconcile"),
         ("housekeeping", "sapin.core.dataplane.store.Store.maintain"),
-        ("housekeeping", "sapin.core.dataplane.flows.FlowTable.expire"),
+        ("time", "sapin.core.dataplane.flows.FlowTable.expire"),
         ("stale flows", "sapin.core.dataplane.flows.FlowTable.close_some"),
         ("preparation", "sapin.core.dataplane.runtime.Dataplane._prepare"),
     ],
@@ -239,6 +243,53 @@ async def test_a_part_that_fails_takes_no_other_part_with_it(
         plane.failures.clear()
         await trio.sleep(SILENCE)
         assert not plane.failures, "it works again once its cause is gone"
+
+
+async def test_flows_of_a_disabled_server_are_closed_although_the_first_attempt_failed(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients are silent: nothing else would close them before their timeout."""
+    async with running(farm.document(scheduler="round-robin")) as plane:
+        home, _ = await farm.route(farm.client(IKE), ike_message(b"a_client"))
+        with monkeypatch.context() as context:
+            context.setattr("sapin.core.dataplane.flows.FlowTable.close_some", lambda *_: 1 // 0)
+            plane.set_admin(IKE, home, AdminState.DISABLED)
+            await eventually(lambda: plane.failures["stale flows"])
+        await eventually(lambda: not len(plane.forwarder.flows))
+
+
+async def test_a_disk_that_hangs_does_not_stop_the_time(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def maintain(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("sapin.core.dataplane.store.Store.maintain", maintain)
+    async with running(farm.document()) as plane:
+        begin = plane.forwarder.admission.tick
+        await eventually(lambda: plane.forwarder.admission.tick >= begin + 2)
+
+
+async def test_a_scheduler_whose_preparation_hangs_holds_up_nobody(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the start, nor the other schedulers, nor the end."""
+    monkeypatch.setattr(runtime, "PREPARATION", (0.05, 0.1))
+    released = threading.Event()
+    prepared: list[object] = []
+    monkeypatch.setattr(RoundRobin, "prepare", lambda *_: released.wait(30), raising=False)
+    monkeypatch.setattr(Maglev, "prepare", lambda self, candidates: prepared.append(candidates))
+    document = farm.document(scheduler="round-robin")
+    servers = [{**each, "port": farm.ports[IKE]} for each in document["virtual_services"][0]["real_servers"]]
+    other = {"name": "other", "port": farm.spare_port, "scheduler": "maglev", "real_servers": servers}
+    document["virtual_services"].append({**document["virtual_services"][0], **other})
+    try:
+        with trio.fail_after(PATIENCE):
+            async with running(document) as plane:
+                await farm.route(farm.client(IKE), ike_message(b"a_client"))
+                scheduler = plane.snapshot.groups[IKE].pools[4].scheduler
+                await eventually(lambda: prepared and scheduler.faults.total)
+                assert "prepare" in scheduler.faults.last
+    finally:
+        released.set()
 
 
 async def test_a_check_plugin_that_raises_says_nothing_about_the_server(
