@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from sapin.core import ike
 from sapin.core.contracts import KINDS, Candidate, Client, Datagram, Key, Request, key
 from sapin.core.ike import Kind
 from sapin.core.model import (
@@ -184,3 +185,8 @@ def datagram(
     """A datagram from a client: IKE if it has an SPI."""
     client = Client(ip_address(address).packed, port)
     return Datagram(client, service_port, Kind.IKE if spi else Kind.ESP, spi, bytes(8) if spi else b"")
+
+
+def ike_header(spi_i: bytes, spi_r: bytes = bytes(8), exchange: int = ike.Exchange.IKE_SA_INIT) -> bytes:
+    """The shortest IKE message."""
+    return ike.message(ike.Header(spi_i, spi_r, exchange=exchange), [])
