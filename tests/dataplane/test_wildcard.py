@@ -143,14 +143,14 @@ async def test_other_services_are_not_counted_among_the_local_addresses(
         await farm.route(farm.client(service, host="127.0.0.5"), data)
 
 
-async def test_an_address_that_cannot_be_bound_is_a_drop(farm: Farm, plane: Dataplane) -> None:
-    """Another program has just this address and port."""
+async def test_a_local_address_that_another_program_has_stays_its_own(farm: Farm, plane: Dataplane) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.7", farm.ports[NATT]))
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        client = farm.client(NATT, host="127.0.0.5")
-        await client.ask(esp())
+        other.settimeout(5)
+        farm.client(NATT, host="127.0.0.7").send(b"for the other")
+        assert other.recv(100) == b"for the other"
         (wildcard,) = [
             each
             for each in plane.forwarder.listeners
