@@ -187,6 +187,7 @@ def test_a_flow_lives_as_long_as_it_is_used(script: Sequence[tuple[str, int]]) -
             alive = flows.table.by_fd.get(known.flow.fd) is known.flow
             assert alive or now >= known.last + time
             assert not alive or now < known.last + 2 * time
+            assert known.flow.confirmed == known.confirmed
             assert not known.confirmed or known.answered
             known = known if alive else None
 
@@ -300,6 +301,7 @@ def test_a_flow_counts_while_it_is_open(flows: Flows) -> None:
     flows.table.close(unpinned)
     assert (flows.listener.counters["gw1"].flows, flows.member.pinned) == (0, 0)
     assert flows.listener.flows == {}
+    assert flows.alive(START + UNCONFIRMED) == []
     assert flows.journal[2:] == [FlowClosed("ike", *client(n, flows.version), b"") for n in (1, 2)]
 
 
