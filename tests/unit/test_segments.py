@@ -25,12 +25,13 @@ Batch = tuple[list[memoryview], list[int] | None]
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
     """Datagrams of few different sizes, so that there are runs."""
-    common = draw(st.lists(st.integers(0, LARGEST) | st.integers(0, 1_500), min_size=1, max_size=3))
+    telling = st.sampled_from([0, 700, 1_200, 2_400, 3_000, 8_200, 21_700])
+    common = draw(st.lists(st.integers(0, LARGEST) | telling, min_size=1, max_size=3))
     sizes = draw(st.lists(st.sampled_from(common), min_size=1, max_size=90))
     datagrams = [MEMORY[at : at + size] for at, size in enumerate(sizes)]
     if draw(st.booleans()):
         return datagrams, None
-    merged = st.sampled_from([0, 0, 0, 0, 0, 0, 1_200, 1_400])
+    merged = st.sampled_from([0, 0, 0, 0, 1_200, 1_200, 1_400])
     return datagrams, draw(st.lists(merged, min_size=len(sizes), max_size=len(sizes)))
 
 
@@ -132,6 +133,27 @@ def test_runs_by_example(sizes: list[int], expected: list[tuple[list[int], int]]
     ],
 )
 def test_merged_datagrams_by_example(
+    sizes: list[int], segments: list[int], expected: list[tuple[list[int], int]]
+) -> None:
+    datagrams = [MEMORY[at : at + size] for at, size in enumerate(sizes)]
+    found = list(runs(datagrams, segments))
+    assert found == [Run([datagrams[slot] for slot in slots], segment) for slots, segment in expected]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "segments", "expected"),
+    [
+        ([2_400, 1_200, 700], [1_200, 0, 0], [([0, 1, 2], 1_200)]),
+        ([1_200, 2_400], [0, 1_200], [([0, 1], 1_200)]),
+        ([3_000, 1_200], [1_200, 0], [([0], 1_200), ([1], 0)]),
+        ([3_000, 2_400], [0, 1_200], [([0], 0), ([1], 1_200)]),
+        ([1_200, 1_200], [1_200, 0], [([0, 1], 1_200)]),
+        ([32_600, 32_400], [0, 0], [([0, 1], 32_600)]),
+        ([32_600, 32_401], [0, 0], [([0], 0), ([1], 0)]),
+        ([36_000, 36_000], [1_200, 1_200], [([0], 1_200), ([1], 1_200)]),
+    ],
+)
+def test_runs_of_what_was_merged_by_example(
     sizes: list[int], segments: list[int], expected: list[tuple[list[int], int]]
 ) -> None:
     datagrams = [MEMORY[at : at + size] for at, size in enumerate(sizes)]
