@@ -51,6 +51,7 @@ def run(path: Path) -> None:
         StartError: it cannot start.
         ConfigError: the configuration has faults.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it means a reload: what is being read is the newest
     registry = Registry()
     config = load(path, registry)
     for conflict in registry.conflicts:

@@ -199,7 +199,7 @@ class Writer:
         member = old.members.get(server.name) if old else None
         if member is not None and member.server.state != server.state:
             overrides.pop(server.name, None)
-        if member is None or (member.server.address, member.server.port) != (server.address, server.port):
+        if old is None or member is None or _home(member.server, old.leader) != _home(server, leader):
             member = Member(server)
         before = member.keeps
         member.server, member.weight = server, server.weight
@@ -216,6 +216,11 @@ class _Parts(NamedTuple):
     following: Mapping[str, Hosted[Following]]
     endpoints: Mapping[str, Mapping[str, Endpoint]]
     table: AffinityTable[Member]
+
+
+def _home(server: RealServer, leader: VirtualService) -> Endpoint:
+    """Where a server serves the leader of its group; one that is elsewhere is another server."""
+    return Endpoint(server.address, server.port or leader.port)
 
 
 def plugins_of(group: Group) -> Iterator[Hosted[Any]]:
@@ -254,7 +259,7 @@ def _endpoints(
     """
     leader = services[0]
     servers = leader.real_servers
-    endpoints = {leader.name: {s.name: Endpoint(s.address, s.port or leader.port) for s in servers}}
+    endpoints = {leader.name: {server.name: _home(server, leader) for server in servers}}
     for follower in services[1:]:
         hosted = following[follower.name]
         try:

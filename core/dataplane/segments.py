@@ -46,15 +46,15 @@ def _cut(datagrams: Sequence[memoryview], segments: Sequence[int]) -> Iterator[R
     for datagram, merged in zip(datagrams, segments, strict=True):
         length = len(datagram)
         part = merged if 0 < merged < length else length
-        count = -(-length // part) if part else 1
-        fits = parts + count <= MAX_SEGMENTS and total + length <= MAX_GSO_BYTES
-        if run and not (fits and length and (part == size or (count == 1 and length < size))):
+        added = count(length, part)
+        fits = parts + added <= MAX_SEGMENTS and total + length <= MAX_GSO_BYTES
+        if run and not (fits and length and (part == size or (added == 1 and length < size))):
             yield _run(run, size, parts)
             run = []
         if not run:
             size, parts, total = part, 0, 0
         run.append(datagram)
-        parts += count
+        parts += added
         total += length
         if total < parts * size:  # the last one is shorter, and nothing may follow it
             yield _run(run, size, parts)
@@ -65,6 +65,11 @@ def _cut(datagrams: Sequence[memoryview], segments: Sequence[int]) -> Iterator[R
 
 def _run(run: Sequence[memoryview], size: int, parts: int) -> Run:
     return Run(run, size if parts > 1 else 0)
+
+
+def count(length: int, segment: int) -> int:
+    """How many datagrams there are in one that the kernel merged; ``segment`` is 0 if it did not."""
+    return -(-length // segment) if segment else 1
 
 
 def pieces(run: Run) -> Iterator[memoryview]:

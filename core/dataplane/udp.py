@@ -23,7 +23,7 @@ from sapin.core.dataplane.admission import Admission
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, Batch, peer_address
 from sapin.core.dataplane.flows import Address, Flow, FlowTable, Peer
 from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address, merged_size
-from sapin.core.dataplane.segments import Run, pieces, runs, send_run
+from sapin.core.dataplane.segments import Run, count, pieces, runs, send_run
 from sapin.core.journal import Record
 from sapin.core.model import Framing
 from sapin.core.snapshot import Snapshot
@@ -172,17 +172,17 @@ class Forwarder:
     def _from_clients(self, listener: Listener) -> None:
         batch = self._inbox[listener.family]
         try:
-            count = batch.receive(listener.fd)
+            filled = batch.receive(listener.fd)
         except OSError:
             self._drops["receive-error"] += 1
             return
-        sizes = batch.sizes(count)
-        peers = batch.peers(count)
-        segments = batch.segments(count)
-        heads = _heads(listener, batch, count)
+        sizes = batch.sizes(filled)
+        peers = batch.peers(filled)
+        segments = batch.segments(filled)
+        heads = _heads(listener, batch, filled)
         admit, tick, flows = self.admission.admit, self.admission.tick, listener.flows
         datagrams = batch.datagrams(sizes)
-        if segments is not None or (count > 1 and len(set(peers)) < count):
+        if segments is not None or (filled > 1 and len(set(peers)) < filled):
             self._in_runs(listener, peers, datagrams, segments, heads)
             return
         for peer, datagram, size, head in zip(peers, datagrams, sizes, heads, strict=False):
@@ -220,7 +220,7 @@ class Forwarder:
                 flow = admit(listener, peer, flow, datagrams[slot])
                 if flow is None:
                     continue
-            flow.counters.packets_in += 1
+            flow.counters.packets_in += count(len(datagrams[slot]), segments[slot]) if segments else 1
             flow.counters.bytes_in += len(datagrams[slot])
             if flow in waiting:
                 waiting[flow].append(datagrams[slot])
@@ -236,12 +236,12 @@ class Forwarder:
         """Datagrams to local addresses of a wildcard service that have no socket of their own yet."""
         batch = self._inbox[wildcard.family]
         try:
-            count = batch.receive(wildcard.fd)
+            filled = batch.receive(wildcard.fd)
         except OSError:
             self._drops["receive-error"] += 1
             return
-        peers, datagrams = batch.peers(count), batch.datagrams(batch.sizes(count))
-        for slot, control in enumerate(batch.controls(count)):
+        peers, datagrams = batch.peers(filled), batch.datagrams(batch.sizes(filled))
+        for slot, control in enumerate(batch.controls(filled)):
             listener = self._local(wildcard, control)
             if listener is None:
                 self._drops["no-local-address"] += 1
@@ -249,9 +249,10 @@ class Forwarder:
             peer, datagram = peers[slot], datagrams[slot]
             flow = self.admission.admit(listener, peer, listener.flows.get(peer), datagram)
             if flow is not None:
-                flow.counters.packets_in += 1
+                merged = merged_size(control)
+                flow.counters.packets_in += count(len(datagram), merged)
                 flow.counters.bytes_in += len(datagram)
-                self._send_runs(flow, None, runs([datagram], [merged_size(control)]))
+                self._send_runs(flow, None, runs([datagram], [merged]))
         self._flush()
 
     def _local(self, wildcard: Listener, control: bytes) -> Listener | None:
@@ -314,19 +315,19 @@ class Forwarder:
     def _relay_bulk(self, flow: Flow) -> None:
         batch = self._inbox[flow.listener.family]
         try:
-            count = batch.receive(flow.fd)
+            filled = batch.receive(flow.fd)
         except OSError as error:
             self._upstream_error(flow, error)
             return
-        if not count:
+        if not filled:
             return
-        sizes = batch.sizes(count)
-        flow.answers += count
-        flow.counters.packets_out += count
+        sizes, segments = batch.sizes(filled), batch.segments(filled)
+        flow.answers += filled
+        flow.counters.packets_out += sum(map(count, sizes, segments)) if segments else filled
         flow.counters.bytes_out += sum(sizes)
         address, port = peer_address(flow.peer)
         client = (str(ip_address(address)), port)
-        self._send_runs(flow, client, runs(batch.datagrams(sizes), batch.segments(count)))
+        self._send_runs(flow, client, runs(batch.datagrams(sizes), segments))
 
     # both ways
 
@@ -364,9 +365,9 @@ class Forwarder:
         self._suspect(flow.listener.service.group, flow.member.name)
 
 
-def _heads(listener: Listener, batch: Batch, count: int) -> Sequence[int]:
+def _heads(listener: Listener, batch: Batch, filled: int) -> Sequence[int]:
     """For each datagram a number that is zero if it may be an IKE message."""
     framing = listener.service.framing
     if framing is Framing.NATT:
-        return batch.first_words(count)
+        return batch.first_words(filled)
     return _ALL_IKE if framing is Framing.IKE else _NO_IKE

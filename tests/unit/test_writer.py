@@ -466,3 +466,15 @@ def test_an_old_snapshot_stays_as_it_was() -> None:
     written.load(living(*servers("gw2")))
     assert list(before.groups["ike"].members) == ["gw1", "gw2"]
     assert before.groups["ike"].pools[4].candidates is candidates
+
+
+def test_a_port_that_is_only_spelt_out_moves_nobody() -> None:
+    """A real server's port is the virtual service's by default; to write it down changes nothing."""
+    service = living(*servers("gw1", "gw2"))
+    written = Written(service)
+    before = dict(written.group.members)
+    spelt = tuple(replace(server, port=service.port) for server in service.real_servers)
+    written.load(replace(service, real_servers=spelt))
+    assert all(written.member(name) is member for name, member in before.items())
+    written.load(replace(service, real_servers=tuple(replace(s, port=service.port + 1) for s in spelt)))
+    assert not any(written.member(name) is member for name, member in before.items())
