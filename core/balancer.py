@@ -101,7 +101,7 @@ def _pick(pool: Pool, request: Request, now: float) -> tuple[Member, Reason]:
     if hosted.usable(now):
         try:
             chosen = hosted.plugin.pick(request, pool.candidates)
-            if chosen in pool.candidates:
+            if isinstance(chosen, Member) and chosen in pool.candidates:
                 hosted.faults.in_a_row = 0
                 return chosen, Reason.SCHEDULED
             raise LookupError(f"{chosen!r:.100} is not a candidate")

@@ -216,12 +216,22 @@ def raises(error: BaseException) -> Callable[..., Any]:
     return call
 
 
+class Chameleon:
+    """Equal to everybody, and nobody."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 STRANGERS: dict[str, Callable[..., Any]] = {
     "raises": raises(ZeroDivisionError("by zero")),
     "raises what has no text": raises(Broken()),
     "nobody": lambda request, candidates: None,
     "a name": lambda request, candidates: candidates[0].name,
     "a stranger": lambda request, candidates: Member(RealServer("gw1", fakes.servers("gw1")[0].address)),
+    "what equals a candidate": lambda request, candidates: Chameleon(),
     "the list": lambda request, candidates: candidates,
 }
 
