@@ -32,7 +32,7 @@ from sapin.core.dataplane.store import Store
 from sapin.core.dataplane.udp import Forwarder
 from sapin.core.journal import FlowClosed, FlowOpened, Record, Tick
 from sapin.core.model import AdminState, Config, VirtualService
-from sapin.core.registry import Registry
+from sapin.core.registry import Registry, told
 from sapin.core.snapshot import Group, Snapshot
 from sapin.core.writer import Writer, plugins_of
 
@@ -379,7 +379,7 @@ class Dataplane:
                             prepare, pool.candidates, abandon_on_cancel=True, limiter=self._preparing
                         )
                 except Exception as error:
-                    pool.scheduler.fault(f"prepare: {type(error).__name__}: {error}", self.clock())
+                    pool.scheduler.fault(f"prepare: {told(error)}", self.clock())
 
     # housekeeping
 
