@@ -31,40 +31,23 @@ Name = Annotated[
 ]
 
 
-@app.command()
-def drain(
-    name: Name,
-    service: Service = None,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-) -> None:
-    """Let a server keep its clients and give it no new ones."""
-    _set(name, "draining", service, as_json, where(state_dir, config))
+def _command(verb: str, state: str, help_text: str) -> None:
+    """Add the command that puts a server into a state."""
+
+    @app.command(verb, help=help_text)
+    def command(
+        name: Name,
+        service: Service = None,
+        as_json: AsJson = False,
+        state_dir: StateDir = None,
+        config: ConfigFile = None,
+    ) -> None:
+        _set(name, state, service, as_json, where(state_dir, config))
 
 
-@app.command()
-def disable(
-    name: Name,
-    service: Service = None,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-) -> None:
-    """Take a server's clients away and give it no new ones."""
-    _set(name, "disabled", service, as_json, where(state_dir, config))
-
-
-@app.command()
-def enable(
-    name: Name,
-    service: Service = None,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-    config: ConfigFile = None,
-) -> None:
-    """Give a server new clients again."""
-    _set(name, "enabled", service, as_json, where(state_dir, config))
+_command("drain", "draining", "Let a server keep its clients and give it no new ones.")
+_command("disable", "disabled", "Take a server's clients away and give it no new ones.")
+_command("enable", "enabled", "Give a server new clients again.")
 
 
 def _set(name: str, state: str, service: str | None, as_json: bool, place: Path) -> None:

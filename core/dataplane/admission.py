@@ -62,6 +62,10 @@ class Admission:
         """Where a server serves a service."""
         return self._routes[service][server]
 
+    def endpoints(self) -> set[Address]:
+        """Everything that flows may go to."""
+        return {endpoint for servers in self._routes.values() for endpoint in servers.values()}
+
     def belongs(self, flow: Flow) -> bool:
         """Whether the flow's server is still there, where it was, and keeps its clients."""
         service = flow.listener.service.name

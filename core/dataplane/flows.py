@@ -180,7 +180,12 @@ class FlowTable:
         if opened is None:
             return None
         flow = Flow(listener, peer, member, key, *opened, endpoint, now)
-        self._add(flow)
+        try:
+            self._add(flow)
+        except OSError:
+            self._ports[endpoint].give(flow.port)
+            self.refusals["no-epoll-watch"] += 1
+            return None
         self._journal(record(flow, *client))
         return flow
 
@@ -196,8 +201,11 @@ class FlowTable:
         flow = Flow(listener, peer, member, record.key, sock, record.upstream_port, endpoint, now)
         flow.confirmed = True
         flow.opened = record.opened
+        try:
+            self._add(flow)
+        except OSError:
+            return False
         self._taken.setdefault(endpoint, set()).add(flow.port)
-        self._add(flow)
         return True
 
     def close(self, flow: Flow) -> None:
@@ -245,6 +253,13 @@ class FlowTable:
             if flow.listener.service.group == group:
                 self.close(flow)
 
+    def forget_ports(self, wanted: Collection[Address]) -> None:
+        """Forget the pools of endpoints that are neither wanted nor have a flow left."""
+        living = {flow.endpoint for flow in self}
+        for pools in (self._ports, self._taken):
+            for endpoint in [each for each in pools if each not in wanted and each not in living]:
+                del pools[endpoint]
+
     def close_some(self, flows: Iterable[Flow], kept: Callable[[Flow], bool]) -> None:
         """Close those of the flows that are still open and not to be kept."""
         for flow in flows:
@@ -255,7 +270,11 @@ class FlowTable:
         return iter(self.by_fd.values())
 
     def _add(self, flow: Flow) -> None:
-        self._epoll.register(flow.fd, select.EPOLLIN)
+        try:
+            self._epoll.register(flow.fd, select.EPOLLIN)
+        except OSError:  # fs.epoll.max_user_watches
+            flow.sock.close()
+            raise
         self.by_fd[flow.fd] = flow
         flow.listener.flows[flow.peer] = flow
         flow.counters.flows += 1

@@ -94,6 +94,8 @@ class Dataplane:
     def __init__(
         self, config: Config, registry: Registry, descriptors: int, random: Random | None = None
     ) -> None:
+        self._wall = time.time
+        """For the ticks on disk: a clock that was set right after the start must not age the pins at the next one."""
         self.clock = steady_wall_clock()
         self.started = int(self.clock())
         self._random = random or Random()
@@ -156,7 +158,7 @@ class Dataplane:
                 task_status.started()
         finally:
             self.forwarder.close()
-            self.store.append(Tick(int(self.clock())))
+            self.store.append(Tick(int(self._wall())))
             self.store.close()
             self.writer.close()
 
@@ -358,7 +360,17 @@ class Dataplane:
                 self.forwarder.flows.close_some(flows[at : at + STEP], belongs)
                 self.store.flush()
                 await trio.lowlevel.checkpoint()
+            self._forget_gone()
             await self._stale.wait()
+
+    def _forget_gone(self) -> None:
+        """Give up what was kept for servers that are gone, now that their flows are."""
+        self.forwarder.forget_ports()
+        for name, view in self.snapshot.services.items():
+            counters = self._counters[name]
+            for server in counters.keys() - view.group.members.keys():
+                if not counters[server].flows:
+                    del counters[server]
 
     async def _keep_prepared(self) -> None:
         while True:
@@ -399,8 +411,8 @@ class Dataplane:
             now = self.clock()
             if now - noted >= TICK:
                 noted = now
-                self.store.append(Tick(int(now)))
-            await self.store.maintain(self._live, int(now))
+                self.store.append(Tick(int(self._wall())))
+            await self.store.maintain(self._live, int(self._wall()))
             if now - reported >= REPORT:
                 reported = now
                 self._report()
@@ -440,9 +452,7 @@ class Dataplane:
         wrong.update({f"ICMP from servers: {name}": n for name, n in self.forwarder.errors.items()})
         for group in self.snapshot.groups.values():
             for hosted in plugins_of(group):
-                wrong[f"faults of {hosted.kind} {hosted.name} in {group.name} ({hosted.faults.last})"] += (
-                    hosted.faults.total
-                )
+                wrong[f"faults of {hosted.kind} {hosted.name} in {group.name}"] += hosted.faults.total
         news = {what: n - self._reported[what] for what, n in wrong.items() if n > self._reported[what]}
         self._reported = wrong
         if news:

@@ -118,6 +118,10 @@ class Forwarder:
         self.flows.limit = snapshot.config.node.max_flows
         self.admission.apply(snapshot)
 
+    def forget_ports(self) -> None:
+        """Give up the ports of endpoints that are gone, once their flows are."""
+        self.flows.forget_ports(self.admission.endpoints())
+
     def tick(self) -> None:
         """A second has passed."""
         self.admission.advance(int(self._clock()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from sapin.api import daemon as daemon_module
 from sapin.api.operations import Operations, Refused
@@ -135,6 +136,36 @@ async def test_a_server_with_a_new_address_is_another_server(
     for client, home in before.items():
         if home[0] != "gw1":
             assert await farm.route(client, esp()) == home
+
+
+async def test_reloads_leave_nothing_of_servers_that_are_gone(
+    farm: Farm, document: Document, plane: Dataplane
+) -> None:
+    """Many reloads with ever other servers must not fill the memory."""
+    for number in range(1, 6):
+        leader(document)["real_servers"] = [{"name": f"gw{number}", "address": f"127.9.9.{number}"}]
+        farm.reload(plane, document)
+        farm.client(NATT).send(esp(number))
+        await settle()
+    flows = plane.forwarder.flows
+    assert {flow.member.name for flow in flows} == {"gw5"}
+    assert {host for host, _ in flows._ports} == {"127.9.9.5"}
+    assert all(set(counters) <= {"gw5"} for counters in plane._counters.values())
+
+
+async def test_faults_are_reported_once(plane: Dataplane) -> None:
+    """What was told last minute is not told again because the newest fault has another text."""
+    persistence = plane.snapshot.groups[IKE].persistence
+    with capture_logs() as first:
+        persistence.fault("one", 0)
+        plane._report()
+    with capture_logs() as second:
+        persistence.fault("another", 0)
+        plane._report()
+    for logs in (first, second):
+        (entry,) = [entry for entry in logs if entry["event"] == "in the last minute"]
+        (faults,) = [number for what, number in entry.items() if what.startswith("faults of persistence")]
+        assert faults == 1
 
 
 async def test_a_follower_whose_servers_are_served_elsewhere_moves_its_flows(

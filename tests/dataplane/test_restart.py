@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -261,6 +262,22 @@ async def test_pins_that_expired_while_away_are_gone_and_living_flows_are_not(
         assert len(plane.snapshot.groups[IKE].table) == 0
         assert await tunnels.connect() == before
         assert len(plane.snapshot.groups[IKE].table) == 6
+
+
+async def test_a_clock_that_is_set_right_after_the_start_ages_no_pin(
+    farm: Farm, document: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that boots with a wrong clock: the next start must not take the correction for an outage."""
+    document["virtual_services"][0]["persistence"] = {"plugin": "ike-spi", "timeout": "10m"}
+    year = 365 * 86_400
+    async with running(document) as plane:
+        await Tunnels(farm, 3).connect()
+        plane._wall = lambda: time.time() + year
+    clock = Clock()
+    clock.ahead = year
+    monkeypatch.setattr(runtime, "steady_wall_clock", lambda: clock)
+    async with running(document) as plane:
+        assert len(plane.snapshot.groups[IKE].table) == 3
 
 
 async def test_flows_of_wildcard_services_are_restored_at_their_local_address(tmp_path: Path) -> None:
