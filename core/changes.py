@@ -48,14 +48,17 @@ class Changes:
     """Virtual services that only the old configuration has."""
     changed: tuple[ServiceChange, ...]
     """Virtual services that both have and that differ, in the new configuration's order."""
+    sections: tuple[str, ...] = ()
+    """Other tables of the file that differ, by name."""
 
     def __bool__(self) -> bool:
-        return bool(self.node or self.added or self.removed or self.changed)
+        return bool(self.node or self.added or self.removed or self.changed or self.sections)
 
     def lines(self) -> Iterator[str]:
         """The changes for an operator, one a line."""
         if self.node:
             yield f"node: {', '.join(self.node)} changed"
+        yield from (f"{name} changed" for name in self.sections)
         yield from (f"{name}: removed" for name in self.removed)
         yield from (f"{name}: added" for name in self.added)
         for service in self.changed:
@@ -72,6 +75,11 @@ def diff(old: Config, new: Config) -> Changes:
         added=_only(after, before),
         removed=_only(before, after),
         changed=tuple(change for change in both if change),
+        sections=tuple(
+            name
+            for name in dict.fromkeys([*old.sections, *new.sections])
+            if old.sections.get(name) != new.sections.get(name)
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from sapin.core.rules import PluginCatalogue, check_services
 from sapin.core.schema import (
     DEFAULT_FLOW_TIMEOUT,
     DEFAULT_FOLLOWING,
-    TABLES,
     Document,
     NodeTable,
+    Section,
     ServiceTable,
     Table,
+    Tables,
+    with_sections,
 )
 
 __all__ = ["MAX_DEPTH", "MAX_SIZE", "ConfigError", "Fault", "PluginCatalogue", "parse"]
@@ -52,24 +54,35 @@ _QUOTED = re.compile(
 """A string or comment of TOML, or one that does not end."""
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}", re.ASCII)
 _TOO_DEEP = f"is nested too deeply: at most {MAX_DEPTH} levels are read"
+_NO_SECTIONS: Mapping[str, type[Section]] = {}
 _STATE_DIR = "/var/lib/sapin"
 _ASSIGNED = {500: Framing.IKE, 4500: Framing.NATT}
 
 
-def parse(text: str | bytes, plugins: PluginCatalogue) -> Config:
+def parse(
+    text: str | bytes, plugins: PluginCatalogue, sections: Mapping[str, type[Section]] = _NO_SECTIONS
+) -> Config:
     """The configuration that a TOML document describes.
+
+    Args:
+        text: the document.
+        plugins: those that it may name.
+        sections: tables that the document may have besides, by name.
 
     Raises:
         ConfigError: it has faults; all are listed, in the order of the document.
     """
     tree = _read(text)
     report = Report(tree)
-    document = _decode(tree, report)
+    document = _decode(tree, report, *with_sections(sections))
     _require((), document, report)
     check_services(document.virtual_services or [], plugins, report)
+    stated: dict[str, Section] = {name: each for name in sections if (each := getattr(document, name))}
+    for name, section in stated.items():
+        section.check((name,), document, report)
     if faults := report.faults():
         raise ConfigError(faults)
-    return _build(document)
+    return replace(_build(document), sections={name: each.build() for name, each in stated.items()})
 
 
 def _read(text: str | bytes) -> dict[str, Any]:
@@ -111,22 +124,22 @@ def _syntax_fault(message: str, text: str) -> Fault:
     return Fault(f"line {line}, column {column}", lines[line - 1].strip(), f"is not TOML: {message}")
 
 
-def _decode(tree: dict[str, Any], report: Report) -> Document:
+def _decode(tree: dict[str, Any], report: Report, model: type[Document], tables: Tables) -> Document:
     """The tables of the document, without what fails by itself, which is reported."""
     rest = copy.deepcopy(tree)
     while True:
         try:
-            return Document.model_validate(rest)
+            return model.model_validate(rest)
         except ValidationError as failure:
             for error in failure.errors(include_url=False, include_input=False):
                 loc = error["loc"]
                 unknown = error["type"] == "extra_forbidden"
-                report.add(loc, _unknown_key(loc) if unknown else reason(error))
+                report.add(loc, _unknown_key(loc, tables) if unknown else reason(error))
                 _take_out(rest, loc)
 
 
-def _unknown_key(loc: Loc) -> str:
-    table = TABLES[tuple(part for part in loc[:-1] if isinstance(part, str))]
+def _unknown_key(loc: Loc, tables: Tables) -> str:
+    table = tables[tuple(part for part in loc[:-1] if isinstance(part, str))]
     return f"unknown key; {suggest(str(loc[-1]), list(table.model_fields))}"
 
 
@@ -156,7 +169,7 @@ def _tables(loc: Loc, table: Table) -> Iterator[tuple[Loc, Table]]:
         if isinstance(value, Table):
             yield (*loc, key), value
         elif isinstance(value, list):
-            yield from (((*loc, key, index), entry) for index, entry in enumerate(value))
+            yield from (((*loc, key, n), entry) for n, entry in enumerate(value) if isinstance(entry, Table))
 
 
 def _build(document: Document) -> Config:

@@ -74,6 +74,36 @@ class FlowClosed(NamedTuple):
     local: bytes
 
 
+class Touched(NamedTuple):
+    """Pins whose clients were heard of lately. For a peer alone: a file has no use for it."""
+
+    group: str
+    keys: tuple[bytes, ...]
+    """The primary key of each pin."""
+
+
+class ServerHealth(NamedTuple):
+    """What is found of a server now. For a peer alone."""
+
+    group: str
+    server: str
+    health: str
+    """A :class:`~sapin.core.model.Health`."""
+    asked: str
+    """The :class:`~sapin.core.model.AdminState` that its agent asks for."""
+    share: int
+    """Percent of its weight, as its agent asks for."""
+
+
+class ServerAdmin(NamedTuple):
+    """What the operator wants of a server now. For a peer alone: a node keeps it in a file of its own."""
+
+    group: str
+    server: str
+    state: str
+    """A :class:`~sapin.core.model.AdminState`."""
+
+
 class Tick(NamedTuple):
     """The daemon was alive at this time: what tells a restart how long it was away."""
 
@@ -89,6 +119,8 @@ class End(NamedTuple):
 
 
 Record = Put | Removed | Cleared | FlowOpened | FlowClosed | Tick | End
+Replicated = Put | Removed | Cleared | FlowOpened | FlowClosed | Touched | ServerHealth | ServerAdmin
+"""What one node tells its peer: absolute like the records on disk, and sound for the same reason."""
 
 KINDS: Mapping[int, type[Record]] = {
     0: End,

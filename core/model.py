@@ -149,6 +149,8 @@ class Config:
 
     node: Node
     virtual_services: tuple[VirtualService, ...]
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """What other tables of the file say, by their names; whoever they are for knows what is there."""
 
     def service(self, name: str) -> VirtualService:
         """The virtual service of that name.

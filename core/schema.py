@@ -7,11 +7,21 @@ be held against its neighbours (:mod:`sapin.core.config`), and one reading finds
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_validator,
+)
 
+from sapin.core.faults import Loc, Report
 from sapin.core.model import AdminState, CheckSpec, Framing, IPAddress, PluginRef, RealServer
 from sapin.core.units import Duration, Size
 
@@ -245,10 +255,46 @@ class Document(Table):
     virtual_services: Annotated[list[ServiceTable], Field(max_length=1_024)] | None = None
 
 
-TABLES: dict[tuple[str, ...], type[Table]] = {
+Tables = Mapping[tuple[str, ...], type[Table]]
+"""The tables that refuse unknown keys, by the keys that lead to them."""
+
+TABLES: Tables = {
     (): Document,
     ("node",): NodeTable,
     ("virtual_services",): ServiceTable,
     ("virtual_services", "real_servers"): ServerTable,
 }
-"""The tables that refuse unknown keys, by the keys that lead to them."""
+
+
+class Section(Table):
+    """A table of the file that is somebody else's, who says what may be in it, by itself and beside the rest.
+
+    What it becomes is in ``Config.sections`` under the table's name.
+    """
+
+    tables: ClassVar[Tables] = {}
+    """The tables inside it, by the keys that lead to them from here."""
+
+    def check(self, loc: Loc, document: Document, report: Report) -> None:
+        """Report every rule that the section, which stands at ``loc``, breaks.
+
+        As everywhere, a key that is absent or was refused is ``None``.
+        """
+
+    def build(self) -> object:
+        """The frozen value that the section describes, once the document has no fault."""
+        raise NotImplementedError
+
+
+def with_sections(sections: Mapping[str, type[Section]]) -> tuple[type[Document], Tables]:
+    """The document that may have these sections too, by their names, and its tables."""
+    if not sections:
+        return Document, TABLES
+    fields: dict[str, Any] = {name: (section | None, None) for name, section in sections.items()}
+    document = create_model("Document", __base__=Document, **fields)
+    tables = {(): document} | {
+        (name, *path): table
+        for name, section in sections.items()
+        for path, table in ({(): section} | dict(section.tables)).items()
+    }
+    return document, {**TABLES, **tables}
