@@ -14,7 +14,8 @@ Rules:
 * Every operation is bounded in time, whatever the number of pins. To clear a member is to forget its
   ring of pins: from then on they are misses, and :meth:`AffinityTable.sweep` gives back their slots.
 * Every change but a touch goes to the feed, as the state of a pin after it, never as a difference. Whoever
-  applies the feed in its order to an empty table, or to a plain mapping of key to server, has the same pins.
+  applies the feed in its order to an empty table (:mod:`sapin.core.replicated`), or to a plain mapping of key
+  to server, has the same pins.
 
 How it is kept, and why so, is in :mod:`sapin.core.slots`.
 
@@ -24,114 +25,49 @@ Times are whole seconds of one monotonic clock that the caller reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Generic, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic
 
 from sapin.core.contracts import Key
+from sapin.core.pins import (
+    MAX_KEY_LENGTH,
+    MAX_KEYS,
+    AffinityStats,
+    Cause,
+    Change,
+    Cleared,
+    Feed,
+    Hit,
+    Page,
+    Pin,
+    Put,
+    Removed,
+    checked,
+    merged,
+)
 from sapin.core.slots import Keys, M, Owners
 from sapin.core.wheel import TimerWheel, column
 
-MAX_KEYS = 8
-"""Keys of one pin: an SPI and the tuples of two ports, with room for a few address changes and rekeys."""
-
-MAX_KEY_LENGTH = 255
-"""Bytes of one key; its length is kept in one byte."""
+__all__ = [
+    "MAX_KEYS",
+    "MAX_KEY_LENGTH",
+    "AffinityStats",
+    "AffinityTable",
+    "Cause",
+    "Change",
+    "Cleared",
+    "Feed",
+    "Hit",
+    "Page",
+    "Pin",
+    "Put",
+    "Removed",
+]
 
 _EVICTION_LOOKS = 1000
 """Pins that one eviction may look at (about 1 ms): beyond that the least recently due of these has to go."""
 
 _FOREVER = 2**32 - 1
-
-
-class Cause(StrEnum):
-    """Why keys are no longer pinned."""
-
-    EXPIRED = "expired"
-    EVICTED = "evicted"
-    """The table was full."""
-    DELETED = "deleted"
-    """Somebody asked for it."""
-    DISPLACED = "displaced"
-    """The pin had too many keys; it goes on without these."""
-
-
-class Put(NamedTuple):
-    """A pin as it is now: it is new, has another server, or other keys. No other pin has its keys any more."""
-
-    group: str
-    keys: tuple[Key, ...]
-    """All of its keys, the primary first."""
-    server: str
-    since: int
-    """When it was pinned to this server."""
-
-
-class Removed(NamedTuple):
-    """Keys are no longer pinned."""
-
-    group: str
-    keys: tuple[Key, ...]
-    server: str
-    """The one that they were pinned to."""
-    cause: Cause
-
-
-class Cleared(NamedTuple):
-    """A server has lost all its pins."""
-
-    group: str
-    server: str
-
-
-Change = Put | Removed | Cleared
-Feed = Callable[[Change], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A pin, for showing and for keeping."""
-
-    keys: tuple[Key, ...]
-    server: str
-    since: int
-    """When it was pinned to this server."""
-    due: int
-    """When it expires unless it is touched."""
-
-
-class Hit(NamedTuple, Generic[M]):
-    """What a lookup found."""
-
-    member: M
-    key: Key
-    """The key that decided."""
-
-
-class Page(NamedTuple):
-    """A part of a listing."""
-
-    pins: tuple[Pin, ...]
-    """Possibly none, although more pages follow."""
-    next: int | None
-    """Where the next page starts; ``None`` after the last."""
-
-
-@dataclass(frozen=True, slots=True)
-class AffinityStats:
-    """Figures of a table; all but the first three only ever grow."""
-
-    size: int
-    limit: int
-    unswept: int
-    """Slots of cleared pins that :meth:`AffinityTable.sweep` has yet to give back."""
-    inserted: int
-    moved: int
-    deleted: int
-    cleared: int
-    expired: int
-    evicted: int
 
 
 class AffinityTable(Generic[M]):
@@ -177,8 +113,8 @@ class AffinityTable(Generic[M]):
         only touched may live for as long as the timeout before had given it."""
         self._feed = feed
         slots = limit + 1
-        self._keys = Keys(slots)
         self._owners: Owners[M] = Owners(slots)
+        self._keys = self._make_keys(slots)
         self._wheel = TimerWheel(slots)
         self._due = column("I", slots)
         self._since = column("q", slots)
@@ -189,6 +125,9 @@ class AffinityTable(Generic[M]):
         self._members = self._owners.members
         self._inserted = self._moved = self._cleared = 0
         self._ended: Counter[Cause] = Counter()
+
+    def _make_keys(self, slots: int) -> Keys:
+        return Keys(slots)
 
     def __len__(self) -> int:
         return self._owners.live
@@ -325,26 +264,9 @@ class AffinityTable(Generic[M]):
                 restored += 1
         return restored
 
-    def apply(self, change: Change, members: Mapping[str, M], now: int) -> None:
-        """Makes a change that another table's feed told, without telling the feed.
-
-        Keys that are put to a server which is not among the members are not pinned.
-
-        Raises:
-            ValueError: as :meth:`put`.
-        """
-        if isinstance(change, Cleared):
-            self._cleared += self._owners.retire(change.server)
-            return
-        member = members.get(change.server)
-        if isinstance(change, Put) and member is not None:
-            self._place(change.keys, member, change.since, now + self.timeout)
-        else:
-            self._detach(change.keys)
-
     def _place(self, keys: Sequence[Key], member: M, since: int, due: int) -> Sequence[Change]:
         """Puts a pin; what that changed, yet to be told."""
-        wanted = _checked(keys)
+        wanted = checked(keys)
         slot = self._pinned(wanted)
         if slot:
             changes = self._change(slot, wanted, member, since)
@@ -372,14 +294,14 @@ class AffinityTable(Generic[M]):
         self._since[slot] = since
         if self._owners.retired:
             self._detach(keys)
-        self._keys.add(slot, keys)
         self._owners.give(slot, member)
+        self._keys.add(slot, keys)
         self._inserted += 1
         return (Put(self.group, keys, member.name, since),)
 
     def _change(self, slot: int, keys: tuple[Key, ...], member: M, since: int) -> Sequence[Change]:
         held = self._keys.of(slot)
-        kept = _merge(held, keys)
+        kept = merged(held, keys)
         former = self._move(slot, member, since)
         if kept == held and not former:
             return ()
@@ -457,40 +379,12 @@ class AffinityTable(Generic[M]):
 
     def _release(self, slot: int) -> tuple[Key, ...]:
         """Gives a slot back; the keys that it had."""
+        keys = self._keys.remove(slot)
         self._owners.free(slot)
-        return self._keys.remove(slot)
+        return keys
 
     def _pin(self, slot: int) -> Pin | None:
         member = self._members[self._owner[slot]]
         if member is None:
             return None
         return Pin(self._keys.of(slot), member.name, self._since[slot], self._due[slot])
-
-
-def _checked(keys: Sequence[Key]) -> tuple[Key, ...]:
-    """The keys without repetition; of too many, the strongest."""
-    if not keys:
-        raise ValueError("a pin needs a key")
-    for key in keys:
-        if not 0 < len(key) <= MAX_KEY_LENGTH:
-            raise ValueError(f"a key has 1 to {MAX_KEY_LENGTH} bytes, not {len(key)}")
-    return tuple(keys) if len(keys) == 1 else tuple(dict.fromkeys(keys))[:MAX_KEYS]
-
-
-def _merge(held: tuple[Key, ...], wanted: tuple[Key, ...]) -> tuple[Key, ...]:
-    """The keys of a pin that has some and gets others, within the bound; the wanted ones stay."""
-    kept = list(held)
-    for key in wanted:
-        if key in kept:
-            continue
-        if len(kept) == MAX_KEYS:
-            old = [other for other in kept[1:] if other not in wanted]
-            if not old:
-                break
-            kept.remove(next((other for other in old if _kind(other) == _kind(key)), old[0]))
-        kept.append(key)
-    return tuple(kept)
-
-
-def _kind(key: Key) -> bytes:
-    return key.partition(b":")[0]

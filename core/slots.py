@@ -37,14 +37,16 @@ class Keys:
     a slot are one bytes object: the key itself where there is one, else all of them, each behind its length.
     """
 
-    __slots__ = ("_counts", "_packed", "shards")
+    __slots__ = ("counts", "packed", "shards")
 
     SHARDS = 256
 
     def __init__(self, capacity: int) -> None:
         self.shards: tuple[dict[Key, int], ...] = tuple({} for _ in range(self.SHARDS))
-        self._packed: tuple[dict[int, bytes], ...] = tuple({} for _ in range(self.SHARDS))
-        self._counts = column("B", capacity)
+        self.packed: tuple[dict[int, bytes], ...] = tuple({} for _ in range((capacity >> 12) + 1))
+        """By slot, in the dictionary that its high bits choose: slots in a row make one of them grow, not each."""
+        self.counts = column("B", capacity)
+        """How many keys each slot has."""
 
     def slot(self, key: Key) -> int:
         """The slot that has the key, or 0."""
@@ -52,26 +54,26 @@ class Keys:
 
     def of(self, slot: int) -> tuple[Key, ...]:
         """The keys of a slot, the oldest first."""
-        count = self._counts[slot]
+        count = self.counts[slot]
         if count == 0:
             return ()
-        packed = self._packed[slot & 255][slot]
-        return (packed,) if count == 1 else tuple(_unpack(packed))
+        packed = self.packed[slot >> 12][slot]
+        return (packed,) if count == 1 else tuple(unpack(packed))
 
     def add(self, slot: int, keys: tuple[Key, ...]) -> None:
         """Gives these keys, which belong to no slot, to one that has none."""
         for key in keys:
             self.shards[hash(key) >> 50 & 255][key] = slot
-        self._counts[slot] = len(keys)
-        self._packed[slot & 255][slot] = keys[0] if len(keys) == 1 else _pack(keys)
+        self.counts[slot] = len(keys)
+        self.packed[slot >> 12][slot] = keys[0] if len(keys) == 1 else pack(keys)
 
     def remove(self, slot: int) -> tuple[Key, ...]:
         """Takes all its keys from a slot."""
         keys = self.of(slot)
         for key in keys:
             del self.shards[hash(key) >> 50 & 255][key]
-        self._counts[slot] = 0
-        self._packed[slot & 255][slot] = b""
+        self.counts[slot] = 0
+        self.packed[slot >> 12][slot] = b""
         return keys
 
 
@@ -112,6 +114,14 @@ class Owners(Generic[M]):
         self._sizes[ring] += 1
         member.pinned += 1
         self.live += 1
+
+    def give_run(self, first: int, count: int, member: M) -> None:
+        """The same for ``count`` slots from ``first`` on."""
+        ring = self.adopt(member) or self._open(member)
+        self._rings.join_run(first, count, ring)
+        self._sizes[ring] += count
+        member.pinned += count
+        self.live += count
 
     def take(self, slot: int) -> None:
         """Takes a slot from its owner. A member without slots is forgotten."""
@@ -185,11 +195,13 @@ class Owners(Generic[M]):
         self._spare.append(ring)
 
 
-def _pack(keys: tuple[Key, ...]) -> bytes:
+def pack(keys: tuple[Key, ...]) -> bytes:
+    """The keys as one object, each behind its length."""
     return b"".join(bytes((len(key),)) + key for key in keys)
 
 
-def _unpack(packed: bytes) -> Iterator[Key]:
+def unpack(packed: bytes) -> Iterator[Key]:
+    """What :func:`pack` put together."""
     at = 0
     while at < len(packed):
         end = at + 1 + packed[at]

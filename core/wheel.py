@@ -12,6 +12,7 @@ handful of objects whatever the number of items.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from mmap import MAP_PRIVATE, mmap
@@ -64,6 +65,20 @@ class Rings:
             self._before[item] = last
             self._after[item] = first
 
+    def join_run(self, first: int, count: int, ring: int) -> None:
+        """Puts ``count`` items from ``first`` on, which must be in no ring, last in this one, in their order."""
+        last = first + count - 1
+        self.of[first : last + 1] = array("I", [ring]) * count
+        self._after[first:last] = array("I", range(first + 1, last + 1))
+        self._before[first + 1 : last + 1] = array("I", range(first, last))
+        head = self._first.get(ring, self._NOTHING)
+        if head == self._NOTHING:
+            head = self._first[ring] = first
+        else:
+            tail = self._before[head]
+            self._after[tail], self._before[first] = first, tail
+        self._after[last], self._before[head] = head, last
+
     def leave(self, item: int) -> None:
         """Takes the item out of its ring, which stays, even if it is empty now."""
         ring = self.of[item]
@@ -111,6 +126,13 @@ class TimerWheel:
             self._rings.leave(item)
         new = second not in self._rings
         self._rings.join(item, second)
+        if new:
+            heappush(self._seconds, second)
+
+    def file_run(self, first: int, count: int, second: int) -> None:
+        """The same for ``count`` items from ``first`` on, none of which is filed."""
+        new = second not in self._rings
+        self._rings.join_run(first, count, second)
         if new:
             heappush(self._seconds, second)
 

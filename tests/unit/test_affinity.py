@@ -442,22 +442,6 @@ def test_restore_brings_back_what_is_not_due_and_has_a_server(rig: Rig) -> None:
     assert rig.told() == []
 
 
-def test_apply_does_not_tell_and_leaves_out_servers_that_are_unknown(rig: Rig) -> None:
-    servers = {"gw1": rig.gw1}
-    for change in (
-        Put("ike", (b"a:1", b"b:1"), "gw1", 1),
-        Put("ike", (b"a:2",), "gw1", 1),
-        Put("ike", (b"a:3",), "gw1", 1),
-        Put("ike", (b"a:2", b"b:1"), "gw9", 2),
-        Removed("ike", (b"a:3", b"a:4"), "gw1", Cause.DELETED),
-    ):
-        rig.table.apply(change, servers, 9)
-    assert rig.table.pins().pins == (Pin((b"a:1",), "gw1", 1, 9 + TIMEOUT),)
-    rig.table.apply(Cleared("ike", "gw1"), servers, 9)
-    assert len(rig.table) == rig.gw1.pinned == 0
-    assert rig.told() == []
-
-
 def test_the_garbage_collector_does_not_see_pins() -> None:
     table: AffinityTable[Server] = AffinityTable("ike", 20_000, TIMEOUT)
     server = Server("gw1")

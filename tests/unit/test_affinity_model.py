@@ -19,6 +19,7 @@ from sapin.core.affinity import (
     Put,
     Removed,
 )
+from sapin.core.replicated import ReplicatedTable, mix
 
 LIMIT = 4
 TIMEOUT = 6
@@ -106,7 +107,13 @@ def listing(table: AffinityTable[Server], size: int = 3) -> Iterator[Pin]:
         start = page.next
 
 
+def naive_digest(pins: list[Pin]) -> int:
+    return sum(mix(key) * (2 * mix(pin.server.encode()) + 1) for pin in pins for key in pin.keys) % 2**64
+
+
 class Affinity(RuleBasedStateMachine):
+    make = AffinityTable
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 1
@@ -115,11 +122,11 @@ class Affinity(RuleBasedStateMachine):
         self.held = dict(self.servers)
         """The object that the table has for each name."""
         self.retired: list[Server] = []
-        self.table: AffinityTable[Server] = AffinityTable("ike", LIMIT, TIMEOUT, self.changes.append)
+        self.table: AffinityTable[Server] = self.make("ike", LIMIT, TIMEOUT, self.changes.append)
         self.model = Model()
         self.flat, self.whole = Flat(), Whole()
         self.peers = {name: Server(name) for name in NAMES}
-        self.peer: AffinityTable[Server] = AffinityTable("ike", LIMIT, TIMEOUT)
+        self.peer: ReplicatedTable[Server] = ReplicatedTable("ike", LIMIT, TIMEOUT)
 
     def told(self) -> list[Change]:
         """The changes since it was last asked, which all consumers get."""
@@ -127,7 +134,7 @@ class Affinity(RuleBasedStateMachine):
         for change in changes:
             self.flat.apply(change)
             self.whole.apply(change)
-            self.peer.apply(change, self.peers, self.now)
+            assert self.peer.apply([change], self.peers, self.now) in ([], [change])
         return changes
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6), name=st.sampled_from(NAMES))
@@ -223,7 +230,7 @@ class Affinity(RuleBasedStateMachine):
         self.servers = {name: Server(name) for name in NAMES}
         self.held = dict(self.servers)
         self.retired = []
-        self.table = AffinityTable("ike", LIMIT, TIMEOUT, self.changes.append)
+        self.table = self.make("ike", LIMIT, TIMEOUT, self.changes.append)
         assert self.table.restore(pins, self.servers, self.now) == len(pins)
         assert self.told() == []
 
@@ -251,7 +258,66 @@ class Affinity(RuleBasedStateMachine):
         assert self.flat.servers == {key: server for keys, server, _ in pins for key in keys}
         assert sorted(self.whole.pins) == sorted(pins)
         assert sorted((pin.keys, pin.server, pin.since) for pin in listing(self.peer)) == sorted(pins)
+        assert self.peer.digest() == naive_digest(self.model.pins)
 
 
+class Replicated(Affinity):
+    """The same of a table that has a peer; and a second peer, which is away and gets snapshots."""
+
+    make = ReplicatedTable
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away: ReplicatedTable[Server] = ReplicatedTable("ike", 3 * LIMIT, TIMEOUT)
+        self.away_servers = {name: Server(name) for name in NAMES}
+        self.walk: int | None = None
+        """How far the walk for the snapshot is; ``None`` without one."""
+
+    def told(self) -> list[Change]:
+        changes = super().told()
+        if self.walk is not None:
+            self.away.apply(changes, self.away_servers, self.now)
+        return changes
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6), name=st.sampled_from(NAMES))
+    def diverge(self, keys: list[bytes], name: str) -> None:
+        if self.walk is None:
+            self.away.put(keys, self.away_servers[name], self.now)
+
+    @rule()
+    def begin_snapshot(self) -> None:
+        self.away.begin()
+        self.walk = 0
+
+    @rule(size=st.integers(1, 3))
+    def go_on(self, size: int) -> None:
+        if self.walk is None:
+            return
+        assert isinstance(self.table, ReplicatedTable)
+        puts, self.walk = self.table.puts(self.walk, size)
+        self.away.apply(puts, self.away_servers, self.now)
+        if self.walk is None:
+            while not self.away.finish(size)[1]:
+                pass
+            expected = sorted((pin.keys, pin.server, pin.since) for pin in self.model.pins)
+            assert sorted((pin.keys, pin.server, pin.since) for pin in listing(self.away)) == expected
+            assert self.away.digest() == naive_digest(self.model.pins)
+            counts = self.away.counts()
+            assert {n: s.pinned - OTHERS for n, s in self.away_servers.items() if s.pinned > OTHERS} == counts
+
+    @rule()
+    def restart(self) -> None:
+        super().restart()
+        self.walk = None
+
+    @invariant()
+    def digest_is_kept(self) -> None:
+        assert isinstance(self.table, ReplicatedTable)
+        assert self.table.digest() == naive_digest(self.model.pins)
+        assert not any(self.table._sums[ring] for ring in (0, 1))
+
+
+TestReplicated = Replicated.TestCase
+TestReplicated.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestAffinity = Affinity.TestCase
 TestAffinity.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
