@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sapin.core.affinity import AffinityTable, Feed
 from sapin.core.contracts import Following, Persistence, Scheduler
+from sapin.core.journal import ServerAdmin, ServerHealth
 from sapin.core.model import AdminState, Config, Endpoint, Health, PluginRef, RealServer, VirtualService
 from sapin.core.registry import Hosted, PluginError, Registry
 from sapin.core.snapshot import Group, Member, Pool, ServiceView, Snapshot
@@ -20,6 +21,10 @@ from sapin.core.snapshot import Group, Member, Pool, ServiceView, Snapshot
 Subscriber = Callable[[Snapshot, Snapshot], None]
 Overrides = Mapping[str, Mapping[str, AdminState]]
 """Admin states set at run time, by group and server; they stand over those of the configuration."""
+
+
+MakeTable = Callable[[str, int, int, Feed], AffinityTable[Member]]
+"""Makes a table of pins: an :class:`AffinityTable`, or one like it, with these arguments."""
 
 
 class UnknownObject(LookupError):
@@ -37,16 +42,27 @@ class Writer:
         feed: gets every change of every affinity table.
         config: the first configuration, already validated.
         overrides: admin states that were set at run time before a restart.
+        table: what makes a table of pins.
+        told: gets every change of a server's health or admin state that is made at run time.
 
     Raises:
         PluginError: a plugin of the configuration cannot be used.
     """
 
     def __init__(
-        self, registry: Registry, feed: Feed, config: Config, overrides: Overrides | None = None
+        self,
+        registry: Registry,
+        feed: Feed,
+        config: Config,
+        overrides: Overrides | None = None,
+        *,
+        table: MakeTable = AffinityTable,
+        told: Callable[[ServerHealth | ServerAdmin], None] | None = None,
     ) -> None:
         self._registry = registry
         self._feed = feed
+        self._table = table
+        self._told = told
         self._overrides = {group: dict(states) for group, states in (overrides or {}).items()}
         self._subscribers: list[Subscriber] = []
         self.snapshot = Snapshot(0, config, {}, {})
@@ -124,6 +140,8 @@ class Writer:
         self._overrides.setdefault(view.group.name, {})[server] = state
         member.admin = state
         self._settle(view.group, member)
+        if self._told:
+            self._told(ServerAdmin(view.group.name, server, state))
 
     def set_health(self, group: str, server: str, health: Health, asked: AdminState, share: int) -> None:
         """Take over what the checks found: the server's health, and what its agent asks for."""
@@ -131,8 +149,11 @@ class Writer:
         member = found.members.get(server) if found else None
         if found is None or member is None:
             return  # a check was still on its way when a reload took the server away
+        news = (health, asked, share) != (member.health, member.asked, member.share)
         member.health, member.asked, member.share = health, asked, share
         self._settle(found, member)
+        if news and self._told:
+            self._told(ServerHealth(group, server, health, asked, share))
 
     def _settle(self, group: Group, member: Member) -> None:
         before = (member.keeps, member.takes)
@@ -171,7 +192,7 @@ class Writer:
         leader, followers = services[0], services[1:]
         pools, following = (old.pools, old.following) if old else ({}, {})
         timeout = math.ceil(leader.pin_timeout)
-        table = old.table if old else AffinityTable[Member](leader.name, max_pins, timeout, self._feed)
+        table = old.table if old else self._table(leader.name, max_pins, timeout, self._feed)
         schedulers: dict[int, Hosted[Scheduler]] = {
             v: plugin("scheduler", leader.scheduler, pools[v].scheduler if v in pools else None)
             for v in sorted({server.address.version for server in leader.real_servers})

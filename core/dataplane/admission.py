@@ -16,6 +16,7 @@ from sapin.core.contracts import Client, Datagram
 from sapin.core.dataplane.batch import peer_address
 from sapin.core.dataplane.flows import Address, Flow, FlowTable, Peer
 from sapin.core.dataplane.listeners import Listener
+from sapin.core.dataplane.outlet import Outlet
 from sapin.core.snapshot import Group, Member, Snapshot
 
 
@@ -25,10 +26,16 @@ class Admission:
     Args:
         suspect: called with a group and a server that cannot be reached.
         now: seconds, as of the start.
+        outlet: on a node that has a peer, what tells it of changes.
     """
 
     def __init__(
-        self, flows: FlowTable, suspect: Callable[[str, str], None], random: Random, now: int
+        self,
+        flows: FlowTable,
+        suspect: Callable[[str, str], None],
+        random: Random,
+        now: int,
+        outlet: Outlet | None = None,
     ) -> None:
         self._flows = flows
         self._suspect = suspect
@@ -41,6 +48,9 @@ class Admission:
         """The affinity group of each service."""
         self.decisions: Counter[tuple[str, balancer.Reason]] = Counter()
         """Decisions by service and reason."""
+        self.wake: Callable[[Listener, Client], Flow | None] | None = None
+        """Opens a flow that the peer had and that is dormant here."""
+        self._outlet = outlet
         self.drops: Counter[str] = Counter()
         """Datagrams that could not be decided or had no way to their server, by cause."""
 
@@ -91,6 +101,8 @@ class Admission:
         client = Client(*peer_address(peer))
         spi_i, spi_r = (bytes(data[at : at + 8]), bytes(data[at + 8 : at + 16])) if is_ike else (b"", b"")
         datagram = Datagram(client, service.port, kind, spi_i, spi_r)
+        if flow is None and self.wake is not None:
+            flow = self.wake(listener, client)
         if flow is not None:
             if self._stays(flow, group, datagram):
                 return flow
@@ -128,10 +140,13 @@ class Admission:
         found = group.table.find(keys)
         if found is not None and found.member is not flow.member:
             return False
+        changes = len(self._outlet.records) if self._outlet else 0
         group.table.put(keys, flow.member, self.now)
-        if not flow.key:
-            flow.member.pinned -= 1
-        flow.key = keys[0] if found is None else found.key
+        key = keys[0] if found is None else found.key
+        if flow.key != key:
+            self._flows.change_key(flow, key)
+        if self._outlet and len(self._outlet.records) > changes:
+            self._flows.hold(flow)
         flow.tick = self.tick
         return True
 

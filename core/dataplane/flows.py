@@ -11,8 +11,10 @@ import errno
 import select
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sapin.core.contracts import Client
@@ -20,10 +22,13 @@ from sapin.core.dataplane.batch import peer_address, peer_name, peer_of
 from sapin.core.dataplane.limits import RESERVED
 from sapin.core.dataplane.ports import PortPool
 from sapin.core.journal import FlowClosed, FlowOpened, Record
+from sapin.core.model import IPAddress
+from sapin.core.replicated import mix
 from sapin.core.wheel import TimerWheel
 
 if TYPE_CHECKING:
     from sapin.core.dataplane.listeners import Listener
+    from sapin.core.dataplane.outlet import Outlet
     from sapin.core.snapshot import Member
 
 UNCONFIRMED = 30
@@ -34,6 +39,16 @@ NO_PATH_MTU = {
 }
 """The socket option IP_MTU_DISCOVER, IP_PMTUDISC_DONT (linux/in.h): datagrams leave without DF, and one that is too
 long for its path is fragmented, not answered by an error. See also RFC 4301 section 8.2.1."""
+FREEBIND = {
+    socket.AF_INET: (socket.IPPROTO_IP, 15),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 78),
+}
+"""IP_FREEBIND and IPV6_FREEBIND (linux/in.h, in6.h): a socket may be bound to an address that is elsewhere for now."""
+_TRANSPARENT = {
+    socket.AF_INET: (socket.IPPROTO_IP, 19),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),
+}
+"""IP_TRANSPARENT and IPV6_TRANSPARENT: such a socket may be connected too; for CAP_NET_ADMIN."""
 _BIND_TRIES = 8
 
 Peer = int | bytes
@@ -65,11 +80,14 @@ class Flow:
         "bulk",
         "confirmed",
         "counters",
+        "digest",
         "endpoint",
         "fd",
+        "held",
         "key",
         "last",
         "listener",
+        "mark",
         "member",
         "name",
         "opened",
@@ -120,6 +138,12 @@ class Flow:
         """Many datagrams come from the server: they are read in batches."""
         self.segment = True
         """Whether its runs can be segmented by the kernel."""
+        self.held = 0
+        """So many messages the peer has to acknowledge first; until then, answers wait in the kernel."""
+        self.digest = 0
+        """What it adds to the digest of all flows."""
+        self.mark = 0
+        """The peer's snapshot that it was in last."""
 
 
 class FlowTable:
@@ -130,6 +154,8 @@ class FlowTable:
         journal: gets every flow that is opened or closed.
         descriptors: all file descriptors are below this number.
         ports: the upstream ports, in the order of preference.
+        outlet: on a node that has a peer, what holds flows back.
+        sources: on such a node, where upstream sockets are bound, by family; elsewhere the kernel chooses.
     """
 
     def __init__(
@@ -139,9 +165,21 @@ class FlowTable:
         random: Random,
         descriptors: int,
         ports: Sequence[range],
+        outlet: Outlet | None = None,
+        sources: Mapping[socket.AddressFamily, IPAddress] = MappingProxyType({}),
     ) -> None:
         self.by_fd: dict[int, Flow] = {}
         self.limit = 0
+        self.resumed = 0
+        """When this node took the flows over: none was silent before, as far as it knows."""
+        self.digest = 0
+        """The sum of what the flows add, on a node that has a peer."""
+        self.short_of = ""
+        """What the last flow that could not be restored was refused for want of."""
+        self._outlet = outlet
+        self._sources = sources
+        self._upstreams: set[tuple[Address, int]] = set()
+        """Server and port of every flow, on a node that has a peer."""
         self.refusals: Counter[str] = Counter()
         """Flows that could not be opened, by cause."""
         self._epoll = epoll
@@ -186,27 +224,47 @@ class FlowTable:
             self._ports[endpoint].give(flow.port)
             self.refusals["no-epoll-watch"] += 1
             return None
-        self._journal(record(flow, *client))
+        self._journal(record(flow, *client, self._source(listener)))
         return flow
 
     def restore(
         self, listener: Listener, record: FlowOpened, member: Member, endpoint: Address, now: int
-    ) -> bool:
-        """Open a flow again that a former process had, with its upstream port; false if that cannot be."""
+    ) -> Flow | None:
+        """A flow that a former process had, or the peer has, with its upstream port; ``None`` if that cannot be."""
         peer = peer_of(record.client, record.client_port)
+        if not self._room(endpoint, record.upstream_port):
+            return None
         try:
-            sock = _upstream(listener.family, record.upstream_port, endpoint)
-        except OSError:
-            return False
+            sock = _upstream(
+                listener.family, record.upstream_port, endpoint, self._sources.get(listener.family)
+            )
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.short_of = "file descriptors"
+            return None
+        if self._outlet and sock.fileno() >= self._end:
+            sock.close()
+            self.short_of = "file descriptors"
+            return None
         flow = Flow(listener, peer, member, record.key, sock, record.upstream_port, endpoint, now)
         flow.confirmed = True
         flow.opened = record.opened
         try:
             self._add(flow)
         except OSError:
+            return None
+        if endpoint in self._ports:
+            self._ports[endpoint].reserve(flow.port)
+        else:
+            self._taken.setdefault(endpoint, set()).add(flow.port)
+        return flow
+
+    def _room(self, endpoint: Address, port: int) -> bool:
+        """Whether a flow of the peer can be there too."""
+        if self._outlet and len(self.by_fd) >= self.limit:
+            self.short_of = "max_flows"
             return False
-        self._taken.setdefault(endpoint, set()).add(flow.port)
-        return True
+        return (endpoint, port) not in self._upstreams
 
     def close(self, flow: Flow) -> None:
         """Give a flow up; the client's next datagram is decided anew."""
@@ -216,7 +274,8 @@ class FlowTable:
             del listener.flows[flow.peer]
         self._wheel.discard(flow.fd)
         # Not left to close(): a child between fork and exec may hold the socket, and epoll would go on reporting it.
-        self._epoll.unregister(flow.fd)
+        if not flow.held:
+            self._epoll.unregister(flow.fd)
         flow.sock.close()
         flow.counters.flows -= 1
         if not flow.key:
@@ -225,6 +284,9 @@ class FlowTable:
             self._ports[flow.endpoint].give(flow.port)
         else:
             self._taken[flow.endpoint].discard(flow.port)
+        if self._outlet:
+            self.digest -= flow.digest
+            self._upstreams.discard((flow.endpoint, flow.port))
         address, port = peer_address(flow.peer)
         self._journal(FlowClosed(listener.service.name, address, port, listener.local))
 
@@ -241,6 +303,8 @@ class FlowTable:
             flow = self.by_fd[fd]
             if flow.answers:
                 flow.last, flow.answers, flow.answered = now, 0, True
+            elif flow.last < self.resumed:
+                flow.last = self.resumed
             if _due(flow) > now:
                 self._wheel.file(fd, _due(flow))
             else:
@@ -269,18 +333,62 @@ class FlowTable:
     def __iter__(self) -> Iterator[Flow]:
         return iter(self.by_fd.values())
 
+    def record(self, flow: Flow) -> FlowOpened:
+        """What a restart, or the peer, needs to open the flow again."""
+        return record(flow, *peer_address(flow.peer), self._source(flow.listener))
+
+    def change_key(self, flow: Flow, key: bytes) -> None:
+        """Find the flow's pin by this key from now on."""
+        if not flow.key:
+            flow.member.pinned -= 1
+        flow.key = key
+        self._journal(self.record(flow))
+
+    def hold(self, flow: Flow) -> None:
+        """Leave the server's answers in the kernel until :meth:`resume`, if there is a peer to wait for."""
+        if self._outlet and self._outlet.hold(flow):
+            if not flow.held:
+                self._epoll.unregister(flow.fd)
+            flow.held += 1
+
+    def resume(self, flows: Iterable[Flow]) -> None:
+        """Read the server's answers of those that were held and are still open."""
+        for flow in flows:
+            if self.by_fd.get(flow.fd) is not flow:
+                continue
+            flow.held -= 1
+            try:
+                if not flow.held:
+                    self._epoll.register(flow.fd, select.EPOLLIN)
+            except OSError:
+                flow.held = 1
+                self.refusals["no-epoll-watch"] += 1
+                self.close(flow)
+
     def _add(self, flow: Flow) -> None:
         try:
-            self._epoll.register(flow.fd, select.EPOLLIN)
+            if self._outlet and self._outlet.hold(flow):
+                flow.held = 1
+            else:
+                self._epoll.register(flow.fd, select.EPOLLIN)
         except OSError:  # fs.epoll.max_user_watches
             flow.sock.close()
             raise
+        if self._outlet:
+            flow.digest = digest(self.record(flow))
+            self.digest += flow.digest
+            self._upstreams.add((flow.endpoint, flow.port))
         self.by_fd[flow.fd] = flow
         flow.listener.flows[flow.peer] = flow
         flow.counters.flows += 1
         if not flow.key:
             flow.member.pinned += 1
         self._wheel.file(flow.fd, _due(flow))
+
+    def _source(self, listener: Listener) -> bytes:
+        """The packed source of the listener's upstream sockets; empty if the kernel chooses."""
+        source = self._sources.get(listener.family)
+        return b"" if source is None else source.packed
 
     def _connect(self, listener: Listener, endpoint: Address) -> tuple[socket.SocketType, int] | None:
         """An upstream socket and its port; ``None`` if there is none to be had, which is counted."""
@@ -293,7 +401,7 @@ class FlowTable:
             if port is None:
                 break
             try:
-                sock = _upstream(listener.family, port, endpoint)
+                sock = _upstream(listener.family, port, endpoint, self._sources.get(listener.family))
                 if sock.fileno() < self._end:
                     return sock, port
                 sock.close()
@@ -309,8 +417,8 @@ class FlowTable:
         return None
 
 
-def record(flow: Flow, address: bytes, port: int) -> FlowOpened:
-    """What a restart needs to open the flow of that client again."""
+def record(flow: Flow, address: bytes, port: int, source: bytes = b"") -> FlowOpened:
+    """What a restart needs to open the flow of that client again, with its source if that is not the kernel's choice."""
     listener = flow.listener
     return FlowOpened(
         listener.service.name,
@@ -318,7 +426,7 @@ def record(flow: Flow, address: bytes, port: int) -> FlowOpened:
         port,
         listener.local,
         flow.member.name,
-        b"",
+        source,
         flow.port,
         flow.key,
         flow.opened,
@@ -329,15 +437,30 @@ def _due(flow: Flow) -> int:
     return flow.last + (flow.listener.flow_timeout if flow.confirmed else UNCONFIRMED)
 
 
-def _upstream(family: socket.AddressFamily, port: int, endpoint: Address) -> socket.SocketType:
-    """A connected socket on that local port; it may share the port with sockets that go elsewhere."""
+def digest(flow: FlowOpened) -> int:
+    """What the flow adds to the digest of all flows."""
+    ports = b"%d %d" % (flow.client_port, flow.upstream_port)
+    return mix(b"\0".join((flow.service.encode(), flow.server.encode(), ports, flow.client, flow.local)))
+
+
+def _upstream(
+    family: socket.AddressFamily, port: int, endpoint: Address, source: IPAddress | None
+) -> socket.SocketType:
+    """A connected socket on that local port; it may share the port with sockets that go elsewhere.
+
+    A source may be an address that the node does not have now.
+    """
     sock = socket.SocketType(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(*NO_PATH_MTU[family])
-        sock.bind(("", port))
+        if source is not None:
+            sock.setsockopt(*FREEBIND[family], 1)
+            with suppress(PermissionError):  # then connect(2) answers EINVAL until the node has the address
+                sock.setsockopt(*_TRANSPARENT[family], 1)
+        sock.bind(("" if source is None else str(source), port))
         sock.connect(endpoint)
     except OSError:
         sock.close()

@@ -15,7 +15,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, ip_address
 
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, ancillary
-from sapin.core.dataplane.flows import NO_PATH_MTU, Counters, Flow, Peer
+from sapin.core.dataplane.flows import FREEBIND, NO_PATH_MTU, Counters, Flow, Peer
 from sapin.core.model import Endpoint, IPAddress, VirtualService
 
 IP_PKTINFO = 8
@@ -44,6 +44,7 @@ class Listener:
         address: where to bind; the service's own, or a local address of a wildcard service.
         counters: those of the service, by server; shared by all its listeners.
         share: bind beside a listener that shares its address (:meth:`share`).
+        floating: the node need not have the address now.
 
     Raises:
         ListenError: it cannot be bound.
@@ -57,6 +58,7 @@ class Listener:
         counters: dict[str, Counters],
         *,
         share: bool = False,
+        floating: bool = False,
     ) -> None:
         self.address = address
         self.local = b"" if address == service.address else address.packed
@@ -66,7 +68,7 @@ class Listener:
         self.counters = counters
         self.flows: dict[Peer, Flow] = {}
         share = share or service.address.is_unspecified
-        self.sock = _bind(service, Endpoint(address, service.port), self.family, self.wildcard, share)
+        self.sock = _bind(service, Endpoint(address, service.port), self.family, share, floating)
         self.fd = self.sock.fileno()
         self.buffer = _grow(self.sock, buffer)
         """Bytes of receive buffer that the kernel has given."""
@@ -114,8 +116,9 @@ def merged_size(control: bytes) -> int:
 
 
 def _bind(
-    service: VirtualService, endpoint: Endpoint, family: socket.AddressFamily, wildcard: bool, share: bool
+    service: VirtualService, endpoint: Endpoint, family: socket.AddressFamily, share: bool, floating: bool
 ) -> socket.SocketType:
+    wildcard = endpoint.address.is_unspecified
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -129,6 +132,8 @@ def _bind(
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         elif wildcard:
             sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        if floating:
+            sock.setsockopt(*FREEBIND[family], 1)
         sock.bind((str(endpoint.address), endpoint.port))
     except OSError as error:
         if sock is not None:

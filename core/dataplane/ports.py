@@ -34,6 +34,9 @@ class PortPool:
         self._ranges = ranges
         self._fresh = self._draw(set(used), random)
         self._returned: deque[int] = deque()
+        self._reserved: set[int] = set()
+        self._passed: set[int] = set()
+        """Reserved ports whose turn has come meanwhile."""
 
     def _draw(self, used: Collection[int], random: Random) -> Iterator[int]:
         for ports in self._ranges:
@@ -44,12 +47,24 @@ class PortPool:
 
     def take(self) -> int | None:
         """A free port; ``None`` when there is none."""
-        port = next(self._fresh, None)
-        if port is None and self._returned:
-            return self._returned.popleft()
-        return port
+        while True:
+            port = next(self._fresh, None)
+            if port is None and self._returned:
+                port = self._returned.popleft()
+            if port not in self._reserved:
+                return port
+            self._passed.add(port)
+
+    def reserve(self, port: int) -> None:
+        """Keep a port from being taken that is in use now, though it was not taken here."""
+        self._reserved.add(port)
 
     def give(self, port: int) -> None:
-        """Take a port back that :meth:`take` gave, or that was in use at first; others are not ours to keep."""
+        """Take a port back that was taken, reserved, or in use at first; others are not ours to keep."""
+        if port in self._reserved:
+            self._reserved.discard(port)
+            if port not in self._passed:
+                return  # it is free already, and its turn will come
+            self._passed.discard(port)
         if any(port in ports for ports in self._ranges):
             self._returned.append(port)

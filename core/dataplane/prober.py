@@ -4,6 +4,9 @@ The prober only runs and times them; what results add up to is :mod:`sapin.core.
 the writer. A check that raises something else than ``OSError`` is at fault itself: that is counted and
 says nothing about the server. Neither does a shortage of this node, of file descriptors for example. What was
 found stands when a reload changes a check's options, and when the checks had to be started again.
+
+On a standby no check runs: the active node tells what it finds. When the node becomes active, each check starts
+from that, as if it had found it itself, so there is no moment in which a dead server is used.
 """
 
 from __future__ import annotations
@@ -68,6 +71,14 @@ class Probe(NamedTuple):
         return self.target, self.spec.ref.plugin
 
 
+class Inherited(NamedTuple):
+    """What the node that was active before has found of a server."""
+
+    health: Health
+    asked: AdminState
+    share: int
+
+
 @dataclass(slots=True)
 class Finding:
     """What a probe has found so far."""
@@ -99,6 +110,9 @@ class Prober:
         self._tasks: dict[Place, dict[Id, _Task]] = {}
         self._known: dict[Id, Finding] = {}
         """What tasks that are no more have found."""
+        self._paused = False
+        self._inherited: dict[Place, Inherited] = {}
+        """What was known of each server when this node took the checks over."""
         self._changed = trio.Event()
 
     @property
@@ -109,7 +123,24 @@ class Prober:
     def apply(self, old: Snapshot, new: Snapshot) -> None:
         """Have the tasks follow the new snapshot."""
         if old.config is not new.config:
+            self._inherited.clear()
             self._changed.set()
+
+    def pause(self) -> None:
+        """Run no check from now on, nor tell anything of a server: the peer does."""
+        self._paused = True
+        self._changed.set()
+
+    def resume(self) -> None:
+        """Run the checks, starting from what is known of each server now."""
+        self._paused = False
+        self._known.clear()
+        self._inherited = {
+            (group.name, name): Inherited(member.health, member.asked, member.share)
+            for group in self._writer.snapshot.groups.values()
+            for name, member in group.members.items()
+        }
+        self._changed.set()
 
     def suspect(self, group: str, server: str) -> None:
         """Something went wrong with a server: check it soon."""
@@ -128,7 +159,7 @@ class Prober:
 
     def _reconcile(self, nursery: trio.Nursery) -> None:
         snapshot = self._writer.snapshot
-        wanted = {probe.id: probe for probe in probes(snapshot)}
+        wanted = {} if self._paused else {probe.id: probe for probe in probes(snapshot)}
         for finding in self.findings:
             probe = finding.probe
             if probe != wanted.get(probe.id):
@@ -138,9 +169,10 @@ class Prober:
             if probe.id not in self._tasks.get(probe.place, ()):
                 self._start(probe, nursery)
         self._known.clear()
-        for group in snapshot.groups.values():
-            for server in group.members:
-                self._tell(group.name, server)
+        if not self._paused:
+            for group in snapshot.groups.values():
+                for server in group.members:
+                    self._tell(group.name, server)
         self._tasks = {place: tasks for place, tasks in self._tasks.items() if tasks}
 
     def _start(self, probe: Probe, nursery: trio.Nursery) -> None:
@@ -157,6 +189,8 @@ class Prober:
             finding.state = replace(finding.state, health=before.state.health)
             finding.last, finding.checked_at = before.last, before.checked_at
             finding.asked, finding.share = before.asked, before.share
+        elif (inherited := self._inherited.get(probe.place)) is not None:
+            finding.state = replace(finding.state, health=inherited.health)
         task = _Task(finding)
         self._tasks.setdefault(probe.place, {})[probe.id] = task
         nursery.start_soon(self._keep_checking, task)
@@ -209,6 +243,8 @@ class Prober:
         before = finding.state.health
         finding.last = result
         finding.state = finding.state.after(result.healthy)
+        if result.state is not None or result.share is not None:
+            self._drop_inherited_wishes(probe.place)
         finding.asked = result.state or finding.asked
         finding.share = finding.share if result.share is None else result.share
         member = self._member(probe)
@@ -229,6 +265,12 @@ class Prober:
             )
         self._tell(*probe.place)
 
+    def _drop_inherited_wishes(self, place: Place) -> None:
+        """The server's agent has spoken: what it asked for before counts no longer."""
+        inherited = self._inherited.get(place)
+        if inherited is not None:
+            self._inherited[place] = Inherited(inherited.health, AdminState.ENABLED, 100)
+
     def _fault(self, finding: Finding, error: str, now: float) -> None:
         suspended = finding.hosted.fault(error, now)
         if suspended or finding.hosted.faults.total == 1:
@@ -245,6 +287,10 @@ class Prober:
         findings = [task.finding for task in self._of(group, server)]
         asked = max((f.asked for f in findings), key=list(AdminState).index, default=AdminState.ENABLED)
         share = min((f.share for f in findings), default=100)
+        inherited = self._inherited.get((group, server))
+        if inherited is not None:
+            asked = max(asked, inherited.asked, key=list(AdminState).index)
+            share = min(share, inherited.share)
         health = combine(f.state.health for f in findings)
         self._writer.set_health(group, server, health, asked, share)
 

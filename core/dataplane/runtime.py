@@ -7,32 +7,36 @@ only then read the first datagram. So tunnels go on through any restart.
 from __future__ import annotations
 
 import gc
+import socket
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from ipaddress import ip_address
+from itertools import islice
 from random import Random
 
 import structlog
 import trio
 
-from sapin.core.affinity import Cause, Change, Pin, Put, Removed
+from sapin.core.affinity import AffinityTable, Cause, Change, Pin, Put, Removed
 from sapin.core.contracts import Key
-from sapin.core.dataplane.batch import peer_address
-from sapin.core.dataplane.flows import Counters, record
+from sapin.core.dataplane.flows import Counters
 from sapin.core.dataplane.limits import ephemeral_ports, flows_that_fit
 from sapin.core.dataplane.listeners import Listener, ListenError, addresses
+from sapin.core.dataplane.outlet import Outlet
 from sapin.core.dataplane.overrides import load_overrides, save_overrides
 from sapin.core.dataplane.ports import upstream_ranges
 from sapin.core.dataplane.prober import Prober
 from sapin.core.dataplane.recovery import Restored
+from sapin.core.dataplane.reopening import Reopener
+from sapin.core.dataplane.replica import Replica
 from sapin.core.dataplane.store import Store
 from sapin.core.dataplane.udp import Forwarder
-from sapin.core.journal import FlowClosed, FlowOpened, Record, Tick
-from sapin.core.model import AdminState, Config, VirtualService
+from sapin.core.journal import FlowClosed, Record, Tick
+from sapin.core.model import AdminState, Config, IPAddress, VirtualService
 from sapin.core.registry import Registry, told
+from sapin.core.replicated import ReplicatedTable
 from sapin.core.snapshot import Group, Snapshot
 from sapin.core.writer import Writer, plugins_of
 
@@ -51,6 +55,11 @@ RESTART = (0.01, 5.0)
 most before it failed counts as failing for the first time."""
 PREPARATION = (1.0, 10.0)
 """Seconds that a start waits for the schedulers' tables, and that one scheduler may take at any time."""
+TOUCHES = 60
+"""Seconds between two reports to the peer of which pins were touched."""
+TOUCH_PAUSE = 0.005
+"""Seconds between two parts of such a report, of 250 pins at most: a million take 20 s."""
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 THAW = 3600
 """Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
 
@@ -83,6 +92,9 @@ class Dataplane:
         config: a valid configuration.
         registry: where plugins come from.
         descriptors: the limit of file descriptors in force.
+        floating: on a node that has a peer, the source of what goes to real servers, by address family. Such a node
+            begins as a standby: everything is bound, to addresses that it may not have, and it forwards what
+            comes, but it runs no check, and lets nothing expire (:meth:`activate`). ``None``: there is no peer.
 
     Raises:
         StoreError: the state directory cannot be used, or another daemon has it.
@@ -92,7 +104,12 @@ class Dataplane:
     """
 
     def __init__(
-        self, config: Config, registry: Registry, descriptors: int, random: Random | None = None
+        self,
+        config: Config,
+        registry: Registry,
+        descriptors: int,
+        random: Random | None = None,
+        floating: Mapping[int, IPAddress] | None = None,
     ) -> None:
         self._wall = time.time
         """For the ticks on disk: a clock that was set right after the start must not age the pins at the next one."""
@@ -113,21 +130,39 @@ class Dataplane:
         with ExitStack() as undo:
             undo.callback(self.store.close)
             restored = self.store.load()
-            self.writer = Writer(registry, self._feed, config, load_overrides(config.node.state_dir))
+            self.outlet = None if floating is None else Outlet(self.store, self.clock)
+            self._append = self.outlet.append if self.outlet else self.store.append
+            self._flush = self.outlet.flush if self.outlet else self.store.flush
+            self.writer = Writer(
+                registry,
+                self._feed,
+                config,
+                load_overrides(config.node.state_dir),
+                table=AffinityTable if floating is None else ReplicatedTable,
+                told=self.outlet.tell if self.outlet else None,
+            )
             undo.callback(self.writer.close)
             self.prober = Prober(self.writer, registry, self._random)
             self.forwarder = Forwarder(
-                journal=self.store.append,
-                flush=self.store.flush,
+                journal=self._append,
+                flush=self._flush,
                 suspect=self.prober.suspect,
                 random=self._random,
                 clock=self.clock,
                 descriptors=descriptors,
                 ports=upstream_ranges(*UPSTREAM_PORTS, ephemeral_ports()),
+                outlet=self.outlet,
+                sources={FAMILIES[version]: source for version, source in (floating or {}).items()},
             )
             undo.callback(self.forwarder.close)
             self._counters: dict[str, dict[str, Counters]] = {}
             self.forwarder.apply(self.writer.snapshot)
+            self.reopener = Reopener(
+                self.forwarder, lambda: self.snapshot, self._bind_local, self._append, self.clock
+            )
+            self.active = True
+            """Whether this node is the one that checks servers and lets things expire."""
+            self.replica = self._pair_up() if self.outlet else None
             for service in config.virtual_services:
                 for listener in self._bind(service):
                     self.forwarder.add_listener(listener)
@@ -155,6 +190,9 @@ class Dataplane:
                 nursery.start_soon(self._supervise, "housekeeping", self._keep_house)
                 nursery.start_soon(self._supervise, "stale flows", self._drop_stale)
                 nursery.start_soon(self._supervise, "preparation", self._keep_prepared)
+                if self.outlet:
+                    nursery.start_soon(self._supervise, "dormant flows", self.reopener.run)
+                    nursery.start_soon(self._supervise, "touches", self._keep_touching)
                 task_status.started()
         finally:
             self.forwarder.close()
@@ -202,7 +240,7 @@ class Dataplane:
             self.forwarder.add_listener(listener)
         for name in self._counters.keys() - wanted.keys():
             del self._counters[name]
-        self.store.flush()
+        self._flush()
         self._save_overrides()
 
     @contextmanager
@@ -231,6 +269,7 @@ class Dataplane:
             OSError: it is in force, but could not be saved.
         """
         self.writer.set_admin(service, server, state)
+        self._flush()
         self._save_overrides()
 
     def _save_overrides(self) -> None:
@@ -242,12 +281,63 @@ class Dataplane:
         for name, keys in self._deleted.items():
             self.forwarder.flows.forget(name, keys)
         self._deleted.clear()
-        self.store.flush()
+        self._flush()
         return deleted
 
     def counters(self, service: str) -> Mapping[str, Counters]:
         """What has passed for a service, by server."""
         return self._counters[service]
+
+    # the pair
+
+    def _pair_up(self) -> Replica:
+        assert self.outlet is not None
+        self.deactivate()
+        self.outlet.feed(self.forwarder.flows.resume)
+        self.forwarder.admission.wake = self.reopener.wake
+        return Replica(
+            self.writer,
+            self.forwarder,
+            self.reopener,
+            self.outlet,
+            self.store,
+            self._save_overrides,
+            self.clock,
+        )
+
+    def activate(self) -> None:
+        """This node is the active one: it checks servers, lets things expire, and tells the peer its changes."""
+        now = self.clock()
+        self.active = True
+        self.forwarder.flows.resumed = int(now)
+        self.reopener.activate(now)
+        self.prober.resume()
+        if self.outlet:
+            self.outlet.open = True
+        self._stale.set()
+
+    def deactivate(self) -> None:
+        """The peer is the active one, and says what changes. Pins and flows stay as they are until it does."""
+        self.active = False
+        self.reopener.deactivate()
+        self.prober.pause()
+        if self.outlet:
+            self.outlet.close()
+
+    async def _keep_touching(self) -> None:
+        """Tell the peer now and then which clients were heard of, in so small parts that nothing else waits."""
+        assert self.outlet is not None
+        assert self.replica is not None
+        second = int(self.clock())
+        while True:
+            await trio.sleep(TOUCHES)
+            since, second = second, int(self.clock())
+            for touched in self.replica.touches(since - 1):
+                if touched.keys and self.outlet.open:
+                    self.outlet.tell(touched)
+                    self.outlet.flush()
+                    await trio.sleep(TOUCH_PAUSE)
+                await trio.lowlevel.checkpoint()
 
     # starting
 
@@ -256,7 +346,8 @@ class Dataplane:
         bound: list[Listener] = []
         try:
             bound.extend(
-                Listener(service, at, self._buffer, counters, share=share) for at in addresses(service)
+                Listener(service, at, self._buffer, counters, share=share, floating=self.outlet is not None)
+                for at in addresses(service)
             )
         except ListenError:
             for listener in bound:
@@ -295,35 +386,20 @@ class Dataplane:
                 members,
                 now,
             )
-        listeners = {(each.service.name, each.local): each for each in self.forwarder.listeners}
-        lost = sum(not self._restore_flow(flow, listeners) for flow in restored.flows)
-        if lost:
-            log.warning("flows could not be restored; their clients will be decided anew", flows=lost)
+        lost = [flow for flow in restored.flows if self.reopener.open(flow) is None]
+        for flow in lost:
+            if self.replica:
+                self.reopener.remember(flow)
+            else:
+                self.store.append(FlowClosed(flow.service, flow.client, flow.client_port, flow.local))
+        if lost and not self.replica:
+            log.warning("flows could not be restored; their clients will be decided anew", flows=len(lost))
         self.store.flush()
 
-    def _restore_flow(self, old: FlowOpened, listeners: dict[tuple[str, bytes], Listener]) -> bool:
-        view = self.snapshot.services.get(old.service)
-        member = view.group.members.get(old.server) if view else None
-        if view is not None and member is not None and member.keeps:
-            listener = listeners.get((old.service, old.local)) or self._local(view.service, old.local)
-            if listener is not None and _may_have(listener, old):
-                listeners[old.service, old.local] = listener
-                route = self.forwarder.admission.route(old.service, old.server)
-                if self.forwarder.flows.restore(listener, old, member, route, int(self.clock())):
-                    return True
-        self.store.append(FlowClosed(old.service, old.client, old.client_port, old.local))
-        return False
-
-    def _local(self, service: VirtualService, local: bytes) -> Listener | None:
-        """The listener of a wildcard service for a local address that a former process was reached at."""
-        if not local or not service.address.is_unspecified:
-            return None
-        try:
-            listener = Listener(service, ip_address(local), self._buffer, self._counters[service.name])
-        except ListenError:
-            return None
-        self.forwarder.add_listener(listener)
-        return listener
+    def _bind_local(self, service: VirtualService, local: IPAddress) -> Listener:
+        """A listener of a wildcard service for a local address that a former process was reached at."""
+        counters = self._counters[service.name]
+        return Listener(service, local, self._buffer, counters, floating=self.outlet is not None)
 
     def _warn_of_limits(self, descriptors: int) -> None:
         wanted = self.snapshot.config.node.max_flows
@@ -340,7 +416,7 @@ class Dataplane:
 
     def _feed(self, change: Change) -> None:
         """Every change of an affinity table, to the journal."""
-        self.store.append(change)
+        self._append(change)
         if isinstance(change, Removed) and change.cause is Cause.DELETED:
             self._deleted[change.group].update(change.keys)
 
@@ -357,8 +433,9 @@ class Dataplane:
             self._stale = trio.Event()
             belongs, flows = self.forwarder.admission.belongs, list(self.forwarder.flows)
             for at in range(0, len(flows), STEP):
-                self.forwarder.flows.close_some(flows[at : at + STEP], belongs)
-                self.store.flush()
+                if self.active:
+                    self.forwarder.flows.close_some(flows[at : at + STEP], belongs)
+                    self._flush()
                 await trio.lowlevel.checkpoint()
             self._forget_gone()
             await self._stale.wait()
@@ -400,8 +477,11 @@ class Dataplane:
         while True:
             await trio.sleep(1)
             self.forwarder.tick()
-            await self._expire(int(self.clock()))
-            self.store.flush()
+            if self.active:
+                await self._expire(int(self.clock()))
+            if self.outlet:
+                self.outlet.release_overdue()
+            self._flush()
 
     async def _keep_house(self) -> None:
         """Once a second: disk, garbage, and what there is to report."""
@@ -440,11 +520,11 @@ class Dataplane:
                 start = page.next
         flows, by_fd = list(self.forwarder.flows), self.forwarder.flows.by_fd
         for at in range(0, len(flows), PAGE):
-            yield [
-                record(flow, *peer_address(flow.peer))
-                for flow in flows[at : at + PAGE]
-                if by_fd.get(flow.fd) is flow
-            ]
+            part = flows[at : at + PAGE]
+            yield [self.forwarder.flows.record(flow) for flow in part if by_fd.get(flow.fd) is flow]
+        dormant = self.reopener.records()
+        while chunk := list(islice(dormant, PAGE)):
+            yield chunk
 
     def _report(self) -> None:
         """What went wrong since the last report, if anything did."""
@@ -467,8 +547,3 @@ def _serves(listener: Listener, wanted: Mapping[str, VirtualService]) -> bool:
     """Whether the listener's service is wanted, and where it is."""
     service = wanted.get(listener.service.name)
     return service is not None and service.endpoint == listener.service.endpoint
-
-
-def _may_have(listener: Listener, flow: FlowOpened) -> bool:
-    """Whether the flow can be the listener's; the configuration may have changed since it was."""
-    return not listener.wildcard and len(flow.client) == listener.address.max_prefixlen // 8

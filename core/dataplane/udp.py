@@ -12,10 +12,11 @@ import errno
 import select
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from random import Random
+from types import MappingProxyType
 
 import trio
 
@@ -23,9 +24,10 @@ from sapin.core.dataplane.admission import Admission
 from sapin.core.dataplane.batch import SOL_UDP, UDP_GRO, Batch, peer_address
 from sapin.core.dataplane.flows import Address, Flow, FlowTable, Peer
 from sapin.core.dataplane.listeners import MAX_LOCALS, Listener, ListenError, local_address, merged_size
+from sapin.core.dataplane.outlet import Outlet
 from sapin.core.dataplane.segments import Run, count, pieces, runs, send_run
 from sapin.core.journal import Record
-from sapin.core.model import Framing
+from sapin.core.model import Framing, IPAddress
 from sapin.core.snapshot import Snapshot
 
 HOLD = 0.001
@@ -64,6 +66,8 @@ class Forwarder:
         descriptors: file descriptors are below this number.
         ports: the upstream ports, in the order of preference.
         clock: seconds, never going back.
+        outlet: on a node that has a peer, what holds flows back.
+        sources: on such a node, where upstream sockets are bound, by family.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class Forwarder:
         descriptors: int,
         ports: Sequence[range],
         clock: Callable[[], float],
+        outlet: Outlet | None = None,
+        sources: Mapping[socket.AddressFamily, IPAddress] = MappingProxyType({}),
     ) -> None:
         self._flush = flush
         self._suspect = suspect
@@ -84,8 +90,12 @@ class Forwarder:
         self._inbox = {family: Batch(family, RECEIVED) for family in (_IPV4, _IPV6)}
         self._outbox = {f: Batch(f, EVENTS, control=False) for f in (_IPV4, _IPV6)}
         self._listeners: dict[int, Listener] = {}
-        self.flows = FlowTable(self._epoll, journal, random, descriptors, ports)
-        self.admission = Admission(self.flows, suspect, random, int(clock()))
+        self._by_name: dict[tuple[str, bytes], Listener] = {}
+        self._floating = outlet is not None
+        self._give_way = False
+        """Somebody else's descriptor is readable."""
+        self.flows = FlowTable(self._epoll, journal, random, descriptors, ports, outlet, sources)
+        self.admission = Admission(self.flows, suspect, random, int(clock()), outlet)
         self._drops: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         """ICMP errors from servers, by name."""
@@ -103,6 +113,7 @@ class Forwarder:
     def add_listener(self, listener: Listener) -> None:
         """Start to serve a listening socket."""
         self._listeners[listener.fd] = listener
+        self._by_name[listener.service.name, listener.local] = listener
         self._epoll.register(listener.fd, select.EPOLLIN)
 
     def remove_listener(self, listener: Listener) -> None:
@@ -110,8 +121,27 @@ class Forwarder:
         for flow in list(listener.flows.values()):
             self.flows.close(flow)
         del self._listeners[listener.fd]
+        if self._by_name.get((listener.service.name, listener.local)) is listener:
+            del self._by_name[listener.service.name, listener.local]
         self._epoll.unregister(listener.fd)
         listener.close()
+
+    def listener(self, service: str, local: bytes) -> Listener | None:
+        """The listener of a service, at a packed local address if the service is on a wildcard."""
+        return self._by_name.get((service, local))
+
+    def watch(self, fd: int) -> None:
+        """Give way to other tasks at once, even amid traffic, when this descriptor is readable.
+
+        For one that another task waits for in trio's own epoll: otherwise it might wait for :data:`HOLD`.
+        """
+        with suppress(FileExistsError):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """No longer; a descriptor that was closed is not watched anyway."""
+        with suppress(OSError, ValueError):
+            self._epoll.unregister(fd)
 
     def apply(self, snapshot: Snapshot) -> None:
         """Take over a new snapshot."""
@@ -144,7 +174,8 @@ class Forwarder:
             until = self._clock() + HOLD
             while events := self._epoll.poll(HOLD, EVENTS):
                 self._round(events)
-                if self._clock() > until:
+                if self._give_way or self._clock() > until:
+                    self._give_way = False
                     break
 
     def _round(self, events: Sequence[tuple[int, int]]) -> None:
@@ -157,7 +188,10 @@ class Forwarder:
         for fd, _ in events:
             flow = by_fd.get(fd)
             if flow is None:
-                listeners.append(self._listeners[fd])
+                if fd in self._listeners:
+                    listeners.append(self._listeners[fd])
+                else:
+                    self._give_way = True
                 continue
             if flow.listener is not listener:
                 listener = flow.listener
@@ -272,7 +306,7 @@ class Forwarder:
         if len(own) >= MAX_LOCALS:
             return None
         try:
-            listener = Listener(service, address, wildcard.buffer, wildcard.counters)
+            listener = Listener(service, address, wildcard.buffer, wildcard.counters, floating=self._floating)
         except ListenError:
             return None
         self.add_listener(listener)
