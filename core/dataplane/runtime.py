@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from random import Random
 
@@ -21,16 +21,17 @@ import trio
 
 from sapin.core.affinity import AffinityTable, Cause, Change, Pin, Put, Removed
 from sapin.core.contracts import Key
+from sapin.core.dataplane.binding import Binder
 from sapin.core.dataplane.flows import Counters
 from sapin.core.dataplane.limits import ephemeral_ports, flows_that_fit
-from sapin.core.dataplane.listeners import Listener, ListenError, addresses
+from sapin.core.dataplane.listeners import Listener
 from sapin.core.dataplane.outlet import Outlet
 from sapin.core.dataplane.overrides import load_overrides, save_overrides
+from sapin.core.dataplane.pairing import Pairing
 from sapin.core.dataplane.ports import upstream_ranges
 from sapin.core.dataplane.prober import Prober
 from sapin.core.dataplane.recovery import Restored
 from sapin.core.dataplane.reopening import Reopener
-from sapin.core.dataplane.replica import Replica
 from sapin.core.dataplane.store import Store
 from sapin.core.dataplane.udp import Forwarder
 from sapin.core.journal import FlowClosed, Record, Tick
@@ -55,10 +56,6 @@ RESTART = (0.01, 5.0)
 most before it failed counts as failing for the first time."""
 PREPARATION = (1.0, 10.0)
 """Seconds that a start waits for the schedulers' tables, and that one scheduler may take at any time."""
-TOUCHES = 60
-"""Seconds between two reports to the peer of which pins were touched."""
-TOUCH_PAUSE = 0.005
-"""Seconds between two parts of such a report, of 250 pins at most: a million take 20 s."""
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 THAW = 3600
 """Seconds between full garbage collections; one takes some 20 ms per 100,000 flows."""
@@ -130,16 +127,16 @@ class Dataplane:
         with ExitStack() as undo:
             undo.callback(self.store.close)
             restored = self.store.load()
-            self.outlet = None if floating is None else Outlet(self.store, self.clock)
-            self._append = self.outlet.append if self.outlet else self.store.append
-            self._flush = self.outlet.flush if self.outlet else self.store.flush
+            self._outlet = None if floating is None else Outlet(self.store, self.clock)
+            self._append = self._outlet.append if self._outlet else self.store.append
+            self._flush = self._outlet.flush if self._outlet else self.store.flush
             self.writer = Writer(
                 registry,
                 self._feed,
                 config,
                 load_overrides(config.node.state_dir),
                 table=AffinityTable if floating is None else ReplicatedTable,
-                told=self.outlet.tell if self.outlet else None,
+                told=self._outlet.tell if self._outlet else None,
             )
             undo.callback(self.writer.close)
             self.prober = Prober(self.writer, registry, self._random)
@@ -151,20 +148,30 @@ class Dataplane:
                 clock=self.clock,
                 descriptors=descriptors,
                 ports=upstream_ranges(*UPSTREAM_PORTS, ephemeral_ports()),
-                outlet=self.outlet,
+                outlet=self._outlet,
                 sources={FAMILIES[version]: source for version, source in (floating or {}).items()},
             )
             undo.callback(self.forwarder.close)
-            self._counters: dict[str, dict[str, Counters]] = {}
+            self._binder = Binder(lambda: self.snapshot.config.node.receive_buffer, floating is not None)
             self.forwarder.apply(self.writer.snapshot)
             self.reopener = Reopener(
-                self.forwarder, lambda: self.snapshot, self._bind_local, self._append, self.clock
+                self.forwarder, lambda: self.snapshot, self._binder.bind_local, self._append, self.clock
             )
-            self.active = True
-            """Whether this node is the one that checks servers and lets things expire."""
-            self.replica = self._pair_up() if self.outlet else None
+            self.pairing: Pairing | None = None
+            """What the peer is kept like this node by; ``None`` if there is none."""
+            if self._outlet:
+                self.pairing = Pairing(
+                    self.writer,
+                    self.forwarder,
+                    self.reopener,
+                    self.prober,
+                    self._outlet,
+                    self.store,
+                    self._save_overrides,
+                    self.clock,
+                )
             for service in config.virtual_services:
-                for listener in self._bind(service):
+                for listener in self._binder.bind(service):
                     self.forwarder.add_listener(listener)
             self._restore(restored)
             undo.pop_all()
@@ -190,9 +197,9 @@ class Dataplane:
                 nursery.start_soon(self._supervise, "housekeeping", self._keep_house)
                 nursery.start_soon(self._supervise, "stale flows", self._drop_stale)
                 nursery.start_soon(self._supervise, "preparation", self._keep_prepared)
-                if self.outlet:
+                if self.pairing:
                     nursery.start_soon(self._supervise, "dormant flows", self.reopener.run)
-                    nursery.start_soon(self._supervise, "touches", self._keep_touching)
+                    nursery.start_soon(self._supervise, "touches", self.pairing.keep_touching)
                 task_status.started()
         finally:
             self.forwarder.close()
@@ -229,7 +236,7 @@ class Dataplane:
         leaving = [each for each in self.forwarder.listeners if not _serves(each, wanted)]
         staying = {each.service.name for each in self.forwarder.listeners if _serves(each, wanted)}
         new = [service for service in config.virtual_services if service.name not in staying]
-        with self._bound(new, leaving) as fresh:
+        with self._binder.bound(new, leaving) as fresh:
             self.writer.load(config)
         for listener in leaving:
             self.forwarder.remove_listener(listener)
@@ -238,28 +245,10 @@ class Dataplane:
         for listener in fresh:
             listener.share(False)
             self.forwarder.add_listener(listener)
-        for name in self._counters.keys() - wanted.keys():
-            del self._counters[name]
+        for name in self._binder.counters.keys() - wanted.keys():
+            del self._binder.counters[name]
         self._flush()
         self._save_overrides()
-
-    @contextmanager
-    def _bound(
-        self, services: Iterable[VirtualService], leaving: Sequence[Listener]
-    ) -> Iterator[Sequence[Listener]]:
-        """Bind listeners, also where those that leave still are; if the context fails, all is as it was."""
-        ports = {listener.service.port for listener in leaving}
-        fresh: list[Listener] = []
-        with ExitStack() as undo:
-            for listener in leaving:
-                undo.callback(listener.share, False)
-                listener.share(True)
-            for service in services:
-                for listener in self._bind(service, share=service.port in ports):
-                    undo.callback(listener.close)
-                    fresh.append(listener)
-            yield fresh
-            undo.pop_all()
 
     def set_admin(self, service: str, server: str, state: AdminState) -> None:
         """Set what the operator wants of a server, in the whole affinity group, and keep it over restarts.
@@ -286,87 +275,27 @@ class Dataplane:
 
     def counters(self, service: str) -> Mapping[str, Counters]:
         """What has passed for a service, by server."""
-        return self._counters[service]
+        return self._binder.counters[service]
 
     # the pair
 
-    def _pair_up(self) -> Replica:
-        assert self.outlet is not None
-        self.deactivate()
-        self.outlet.feed(self.forwarder.flows.resume)
-        self.forwarder.admission.wake = self.reopener.wake
-        return Replica(
-            self.writer,
-            self.forwarder,
-            self.reopener,
-            self.outlet,
-            self.store,
-            self._save_overrides,
-            self.clock,
-        )
+    @property
+    def active(self) -> bool:
+        """Whether this node is the one that checks servers and lets things expire."""
+        return self.pairing is None or self.pairing.active
 
     def activate(self) -> None:
         """This node is the active one: it checks servers, lets things expire, and tells the peer its changes."""
-        now = self.clock()
-        self.active = True
-        self.forwarder.flows.resumed = int(now)
-        self.reopener.activate(now)
-        self.prober.resume()
-        if self.outlet:
-            self.outlet.open = True
+        if self.pairing:
+            self.pairing.activate()
         self._stale.set()
 
     def deactivate(self) -> None:
         """The peer is the active one, and says what changes. Pins and flows stay as they are until it does."""
-        self.active = False
-        self.reopener.deactivate()
-        self.prober.pause()
-        if self.outlet:
-            self.outlet.close()
-
-    async def _keep_touching(self) -> None:
-        """Tell the peer now and then which clients were heard of, in so small parts that nothing else waits."""
-        assert self.outlet is not None
-        assert self.replica is not None
-        second = int(self.clock())
-        while True:
-            await trio.sleep(TOUCHES)
-            since, second = second, int(self.clock())
-            for touched in self.replica.touches(since - 1):
-                if touched.keys and self.outlet.open:
-                    self.outlet.tell(touched)
-                    self.outlet.flush()
-                    await trio.sleep(TOUCH_PAUSE)
-                await trio.lowlevel.checkpoint()
+        if self.pairing:
+            self.pairing.deactivate()
 
     # starting
-
-    def _bind(self, service: VirtualService, *, share: bool = False) -> list[Listener]:
-        counters = self._counters.setdefault(service.name, defaultdict(Counters))
-        bound: list[Listener] = []
-        try:
-            bound.extend(
-                Listener(service, at, self._buffer, counters, share=share, floating=self.outlet is not None)
-                for at in addresses(service)
-            )
-        except ListenError:
-            for listener in bound:
-                listener.close()
-            raise
-        wanted = self._buffer
-        if bound and bound[0].buffer < wanted:
-            log.warning(
-                "receive buffer is smaller than asked for: bursts may be lost",
-                service=service.name,
-                asked=wanted,
-                given=bound[0].buffer,
-                remedy=f"sysctl net.core.rmem_max={wanted}, or give the daemon CAP_NET_ADMIN",
-            )
-        return bound
-
-    @property
-    def _buffer(self) -> int:
-        return self.snapshot.config.node.receive_buffer
 
     def _restore(self, restored: Restored) -> None:
         log.info("state restored", found=str(restored.report))
@@ -388,18 +317,13 @@ class Dataplane:
             )
         lost = [flow for flow in restored.flows if self.reopener.open(flow) is None]
         for flow in lost:
-            if self.replica:
+            if self.pairing:
                 self.reopener.remember(flow)
             else:
                 self.store.append(FlowClosed(flow.service, flow.client, flow.client_port, flow.local))
-        if lost and not self.replica:
+        if lost and not self.pairing:
             log.warning("flows could not be restored; their clients will be decided anew", flows=len(lost))
         self.store.flush()
-
-    def _bind_local(self, service: VirtualService, local: IPAddress) -> Listener:
-        """A listener of a wildcard service for a local address that a former process was reached at."""
-        counters = self._counters[service.name]
-        return Listener(service, local, self._buffer, counters, floating=self.outlet is not None)
 
     def _warn_of_limits(self, descriptors: int) -> None:
         wanted = self.snapshot.config.node.max_flows
@@ -444,7 +368,7 @@ class Dataplane:
         """Give up what was kept for servers that are gone, now that their flows are."""
         self.forwarder.forget_ports()
         for name, view in self.snapshot.services.items():
-            counters = self._counters[name]
+            counters = self._binder.counters[name]
             for server in counters.keys() - view.group.members.keys():
                 if not counters[server].flows:
                     del counters[server]
@@ -479,8 +403,8 @@ class Dataplane:
             self.forwarder.tick()
             if self.active:
                 await self._expire(int(self.clock()))
-            if self.outlet:
-                self.outlet.release_overdue()
+            if self._outlet:
+                self._outlet.release_overdue()
             self._flush()
 
     async def _keep_house(self) -> None:

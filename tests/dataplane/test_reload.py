@@ -150,7 +150,7 @@ async def test_reloads_leave_nothing_of_servers_that_are_gone(
     flows = plane.forwarder.flows
     assert {flow.member.name for flow in flows} == {"gw5"}
     assert {host for host, _ in flows._ports} == {"127.9.9.5"}
-    assert all(set(counters) <= {"gw5"} for counters in plane._counters.values())
+    assert all(set(counters) <= {"gw5"} for counters in plane._binder.counters.values())
 
 
 async def test_faults_are_reported_once(plane: Dataplane) -> None:
