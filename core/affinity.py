@@ -67,6 +67,9 @@ __all__ = [
 _EVICTION_LOOKS = 1000
 """Pins that one eviction may look at (about 1 ms): beyond that the least recently due of these has to go."""
 
+POSTPONED = 60
+"""Seconds until a pin is looked at again that is overdue and not ours to end."""
+
 _FOREVER = 2**32 - 1
 
 
@@ -243,6 +246,14 @@ class AffinityTable(Generic[M]):
                 self._wheel.file(slot, self._due[slot])
             else:
                 self._end(slot, Cause.EXPIRED)
+        earliest = self._wheel.earliest()
+        return earliest is not None and earliest <= now
+
+    def postpone(self, now: int, limit: int) -> bool:
+        """As :meth:`expire`, but leaves what is due, to be looked at later: somebody else says when a pin ends."""
+        for slot, _ in self._wheel.due(now, limit):
+            if self._members[self._owner[slot]] is not None:
+                self._wheel.file(slot, max(self._due[slot], now + POSTPONED))
         earliest = self._wheel.earliest()
         return earliest is not None and earliest <= now
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 AT_MOST = 2.0
 """Seconds that a flow may be held, twice the longest sync_timeout: beyond that something is wrong."""
 
+PART = 250
+"""Records that go to the peer as one message, at most."""
+
 Replicate = Callable[[Sequence[Replicated]], int]
-"""Gets the local changes of one flush; answers the sequence that replies have to wait for, 0 for none."""
+"""Gets at most :data:`PART` local changes of one flush; answers the sequence that replies have to wait for, 0 for none."""
 
 
 class _Held(NamedTuple):
@@ -77,6 +80,11 @@ class Outlet:
         if self.open:
             self.records.append(record)
 
+    def tell_now(self, record: Replicated) -> None:
+        """A change for the peer alone, at once."""
+        self.tell(record)
+        self.flush()
+
     def hold(self, flow: Flow) -> bool:
         """Whether the flow is to be held until the peer has the changes since the last flush."""
         if self.open:
@@ -92,7 +100,9 @@ class Outlet:
         flows, self._fresh = self._fresh, []
         sequence = 0
         try:
-            sequence = self.replicate(records) if self.replicate else 0
+            if self.replicate:
+                for at in range(0, len(records), PART):
+                    sequence = self.replicate(records[at : at + PART])
         finally:
             if sequence and flows:
                 self._held.append(_Held(sequence, self._clock(), flows))

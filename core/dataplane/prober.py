@@ -169,10 +169,9 @@ class Prober:
             if probe.id not in self._tasks.get(probe.place, ()):
                 self._start(probe, nursery)
         self._known.clear()
-        if not self._paused:
-            for group in snapshot.groups.values():
-                for server in group.members:
-                    self._tell(group.name, server)
+        for group in snapshot.groups.values():
+            for server in group.members:
+                self._tell(group.name, server)
         self._tasks = {place: tasks for place, tasks in self._tasks.items() if tasks}
 
     def _start(self, probe: Probe, nursery: trio.Nursery) -> None:
@@ -284,6 +283,8 @@ class Prober:
 
     def _tell(self, group: str, server: str) -> None:
         """Tell the writer what the findings of all checks of a server add up to."""
+        if self._paused:
+            return
         findings = [task.finding for task in self._of(group, server)]
         asked = max((f.asked for f in findings), key=list(AdminState).index, default=AdminState.ENABLED)
         share = min((f.share for f in findings), default=100)

@@ -55,6 +55,7 @@ class Reopener:
         snapshot: answers the running one.
         bind: makes a listener of a wildcard service for a local address.
         journal: gets what is given up.
+        flush: makes that safe, and tells the peer.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Reopener:
         snapshot: Callable[[], Snapshot],
         bind: Bind,
         journal: Callable[[Record], None],
+        flush: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self.digest = 0
@@ -72,6 +74,7 @@ class Reopener:
         self._bind = bind
         self._clock = clock
         self._journal = journal
+        self._flush = flush
         self._dormant: dict[Identity, _Dormant] = {}
         self._queue: deque[Identity] = deque()
         """What is to be tried soon."""
@@ -186,6 +189,7 @@ class Reopener:
             view = services.get(flow[0])
             if view is None or now - self._active_since > view.service.flow_timeout:
                 self._give_up(flow)
+        self._flush()
 
     def _give_up(self, flow: Identity) -> None:
         if self.forget(flow):

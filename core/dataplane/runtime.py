@@ -136,7 +136,7 @@ class Dataplane:
                 config,
                 load_overrides(config.node.state_dir),
                 table=AffinityTable if floating is None else ReplicatedTable,
-                told=self._outlet.tell if self._outlet else None,
+                told=self._outlet.tell_now if self._outlet else None,
             )
             undo.callback(self.writer.close)
             self.prober = Prober(self.writer, registry, self._random)
@@ -155,7 +155,12 @@ class Dataplane:
             self._binder = Binder(lambda: self.snapshot.config.node.receive_buffer, floating is not None)
             self.forwarder.apply(self.writer.snapshot)
             self.reopener = Reopener(
-                self.forwarder, lambda: self.snapshot, self._binder.bind_local, self._append, self.clock
+                self.forwarder,
+                lambda: self.snapshot,
+                self._binder.bind_local,
+                self._append,
+                self._flush,
+                self.clock,
             )
             self.pairing: Pairing | None = None
             """What the peer is kept like this node by; ``None`` if there is none."""
@@ -401,8 +406,7 @@ class Dataplane:
         while True:
             await trio.sleep(1)
             self.forwarder.tick()
-            if self.active:
-                await self._expire(int(self.clock()))
+            await self._expire(int(self.clock()))
             if self._outlet:
                 self._outlet.release_overdue()
             self._flush()
@@ -426,13 +430,21 @@ class Dataplane:
             gc.freeze()
 
     async def _expire(self, now: int) -> None:
-        while self.forwarder.flows.expire(now, STEP):
-            await trio.lowlevel.checkpoint()
+        """End what is due; on a standby, whose peer says what ends, put it off."""
+        flows = self.forwarder.flows
+        while flows.expire(now, STEP) if self.active else flows.postpone(now, STEP):
+            await self._rest()
         for group in self.snapshot.groups.values():
-            while group.table.expire(now, STEP):
-                await trio.lowlevel.checkpoint()
-            while group.table.sweep(STEP):
-                await trio.lowlevel.checkpoint()
+            table = group.table
+            while table.expire(now, STEP) if self.active else table.postpone(now, STEP):
+                await self._rest()
+            while table.sweep(STEP):
+                await self._rest()
+
+    async def _rest(self) -> None:
+        if self._outlet:
+            self._outlet.flush()  # the peer compares digests whenever other tasks run
+        await trio.lowlevel.checkpoint()
 
     def _live(self) -> Iterator[Sequence[Record]]:
         """The state for a checkpoint, in chunks, each as it is when it is asked for."""
