@@ -219,7 +219,7 @@ class FlowTable:
             return None
         flow = Flow(listener, peer, member, key, *opened, endpoint, now)
         try:
-            self._add(flow)
+            self._add(flow, hold=True)
         except OSError:
             self._ports[endpoint].give(flow.port)
             self.refusals["no-epoll-watch"] += 1
@@ -373,9 +373,9 @@ class FlowTable:
                 self.refusals["no-epoll-watch"] += 1
                 self.close(flow)
 
-    def _add(self, flow: Flow) -> None:
+    def _add(self, flow: Flow, *, hold: bool = False) -> None:
         try:
-            if self._outlet and self._outlet.hold(flow):
+            if hold and self._outlet and self._outlet.hold(flow):
                 flow.held = 1
             else:
                 self._epoll.register(flow.fd, select.EPOLLIN)

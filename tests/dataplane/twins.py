@@ -6,6 +6,7 @@ flow is the same flow all the same, for its identity is the client's.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -107,5 +108,6 @@ def same(one: Dataplane, other: Dataplane) -> bool:
 
 
 def again(farm: Farm, client: Client, service: str = IKE) -> Client:
-    """The client's socket once more, towards the second twin."""
+    """The client's address and port once more, towards the second twin."""
+    client.plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return farm.client(service, host=VIPS[1], source="127.0.0.1", source_port=client.port)
