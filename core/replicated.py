@@ -28,6 +28,9 @@ from sapin.core.pins import MAX_KEY_LENGTH, Cause, Change, Cleared, Feed, Put, R
 from sapin.core.slots import Keys, M, unpack
 from sapin.core.wheel import column
 
+LOOKS = 32
+"""Slots that can be looked at while one pin is removed."""
+
 _SPICE = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
@@ -135,18 +138,23 @@ class ReplicatedTable(AffinityTable[M]):
         self._cursor = 1
 
     def finish(self, limit: int) -> tuple[list[Removed], bool]:
-        """Removes what was not put since :meth:`begin`, looking at ``limit`` slots.
+        """Removes what was not put since :meth:`begin`; a step that looks at ``limit`` slots, or does as much work.
 
         What went, which the feed is not told of; and whether that was all.
         """
         if not self._cursor:
             return [], True
         first, end = self._cursor, min(self._cursor + limit, self._top + 1)
+        stale = [slot for slot, mark in enumerate(self._seen[first:end], first) if mark != self._epoch]
         gone: list[Removed] = []
-        for slot in [n for n, mark in enumerate(self._seen[first:end], first) if mark != self._epoch]:
+        for slot in stale:
             member = self._members[self._owner[slot]]
-            if member is not None:
-                gone.append(Removed(self.group, self._release(slot), member.name, Cause.RESYNCED))
+            if member is None:
+                continue
+            if len(gone) > limit // LOOKS:
+                end = slot
+                break
+            gone.append(Removed(self.group, self._release(slot), member.name, Cause.RESYNCED))
         self._cursor = end if end <= self._top else 0
         return gone, not self._cursor
 
