@@ -28,6 +28,9 @@ SaKind = Literal["ike", "child"]
 
 VIP = "198.18.0.1"
 VIP6 = "2001:db8:18::1"
+FLOATING = "10.60.0.1"
+FLOATING6 = "2001:db8:60::1"
+"""The balancer's addresses on the servers' side, which the gateways route to."""
 INSIDE = "10.99.0.1"
 PATIENCE = 15.0
 """Seconds that every exchange has come to its end in, good or bad."""
@@ -80,11 +83,20 @@ CONNECTIONS = (PSK, PSK6, CERTIFICATE, CERTIFICATE_WHOLE, WATCHFUL)
 
 
 class Installer:
-    """Sets IKE daemons up, each with a folder, a certificate and a configuration."""
+    """Makes hosts: namespaces, and IKE daemons that each have a folder, a certificate and a configuration.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        label: what the names of the namespaces start with, so that two labs do not meet.
+    """
+
+    def __init__(self, folder: Path, label: str = "") -> None:
         self._folder = folder
+        self._label = label
         self._authority = Authority(folder)
+
+    def namespace(self, name: str) -> Namespace:
+        """A new network namespace."""
+        return Namespace(self._label + name)
 
     def charon(self, name: str, namespace: Namespace, identity: str, settings: Settings) -> Charon:
         """A new daemon, not started yet."""
@@ -101,18 +113,18 @@ class Gateway:
         self.name = f"gw{number}"
         self.address = f"10.60.0.{10 + number}"
         self.address6 = f"2001:db8:60::{10 + number}"
-        self._namespace = namespace = Namespace(self.name)
+        self.namespace = namespace = install.namespace(self.name)
         self._port = wire.attach(namespace, "eth0", f"{self.address}/24", f"{self.address6}/64")
         namespace.ip(
             f"address add {INSIDE}/32 dev lo",
-            "route add default via 10.60.0.1",
-            "route add default via 2001:db8:60::1",
+            f"route add default via {FLOATING}",
+            f"route add default via {FLOATING6}",
         )
         self.charon = install.charon(self.name, namespace, GATEWAY_ID, _gateway_settings(number))
 
     async def ping(self, inner: str) -> bool:
         """Whether traffic flows inside the tunnel of the client with that inner address."""
-        return await _ping(self._namespace, inner, "-I", INSIDE)
+        return await _ping(self.namespace, inner, "-I", INSIDE)
 
     def crash(self) -> None:
         """End the IKE daemon; the kernel goes on, and says that nobody is there."""
@@ -144,7 +156,7 @@ class Client:
     ) -> None:
         self.name = f"c{number:02}"
         self.outer = outer or addresses[0].partition("/")[0]
-        self.namespace = Namespace(self.name)
+        self.namespace = install.namespace(self.name)
         wire.attach(self.namespace, "eth0", *addresses)
         identity = CERTIFICATE.identity(self.name)
         settings: Settings = {
@@ -178,10 +190,10 @@ class Client:
 class NatRouter:
     """A router that many clients share an address of; every flow gets a source port by chance."""
 
-    def __init__(self, number: int, wire: Wire) -> None:
+    def __init__(self, number: int, wire: Wire, install: Installer) -> None:
         self.address = f"198.18.0.{200 + number}"
         self._net = f"192.168.{number}"
-        self._namespace = Namespace(f"nat{number}")
+        self._namespace = install.namespace(f"nat{number}")
         wire.attach(self._namespace, "outside", f"{self.address}/24")
         self.inside = Wire(self._namespace, "inside")
         self._namespace.ip(f"address add {self._net}.1/24 dev inside")
@@ -216,23 +228,24 @@ class Tunnel:
         return frozenset(spi for child in self.near.children for spi in (child.spi_in, child.spi_out))
 
 
-class Lab:
-    """The whole network. The balancer's namespace is ``balancer``, and nothing runs in it yet."""
+class Network:
+    """The network around the balancer's place, in which there is nothing yet.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        label: what the names of the namespaces start with.
+    """
+
+    def __init__(self, folder: Path, label: str = "") -> None:
         self.folder = folder
-        install = Installer(folder)
-        wires = Namespace("wires")
-        front, back = Wire(wires, "front"), Wire(wires, "back")
-        self.balancer = Namespace("lb")
-        front.attach(self.balancer, "front", f"{VIP}/24", f"{VIP6}/64")
-        back.attach(self.balancer, "back", "10.60.0.1/24", "2001:db8:60::1/64")
+        self.install = install = Installer(folder, label)
+        self.wires = install.namespace("wires")
+        self.front, self.back = front, back = Wire(self.wires, "front"), Wire(self.wires, "back")
         self.gateways = [Gateway(n, back, install) for n in (1, 2, 3)]
         self.direct = [
             Client(n, front, [f"198.18.0.{100 + n}/24", f"2001:db8:18::{100 + n}/64"], install)
             for n in range(1, 11)
         ]
-        routers = [NatRouter(n, front) for n in (1, 2)]
+        routers = [NatRouter(n, front, install) for n in (1, 2)]
         self.behind_nat = [
             [router.client(n, install) for n in range(first, first + 6)]
             for router, first in zip(routers, (11, 17), strict=True)
@@ -269,13 +282,6 @@ class Lab:
             await together(partial(client.charon.counter, "ike-init-out-req") for client in self.clients)
         )
 
-    async def reassembled(self) -> int:
-        """How many datagrams the balancer's kernel put together from IP fragments so far."""
-        headings, figures = re.findall(
-            r"^Ip: (.*)$", (await self.balancer.run("cat", "/proc/net/snmp")).stdout, re.MULTILINE
-        )
-        return int(dict(zip(headings.split(), figures.split(), strict=True))["ReasmOKs"])
-
     async def reset(self) -> None:
         """End all tunnels, and start the gateways that were killed."""
         await together([gateway.recover for gateway in self.gateways])
@@ -285,6 +291,23 @@ class Lab:
         """End all IKE daemons."""
         for charon in self.charons:
             charon.kill()
+
+
+class Lab(Network):
+    """The whole network. The balancer's namespace is ``balancer``, and nothing runs in it yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.balancer = self.install.namespace("lb")
+        self.front.attach(self.balancer, "front", f"{VIP}/24", f"{VIP6}/64")
+        self.back.attach(self.balancer, "back", f"{FLOATING}/24", f"{FLOATING6}/64")
+
+    async def reassembled(self) -> int:
+        """How many datagrams the balancer's kernel put together from IP fragments so far."""
+        headings, figures = re.findall(
+            r"^Ip: (.*)$", (await self.balancer.run("cat", "/proc/net/snmp")).stdout, re.MULTILINE
+        )
+        return int(dict(zip(headings.split(), figures.split(), strict=True))["ReasmOKs"])
 
 
 def _tunnel(client: Client, near: list[IkeSa], ends: Iterable[tuple[Gateway, IkeSa]]) -> Tunnel | None:

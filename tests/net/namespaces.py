@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, Signals
 
 import trio
 
@@ -52,9 +52,21 @@ class Namespace:
         # Not "ip netns exec": that gives the program a /sys of its own.
         return ["nsenter", f"--net={NETNS / self.name}", "--", *argv]
 
-    async def run(self, *argv: str, patience: float = 20) -> subprocess.CompletedProcess[str]:
+    async def run(
+        self, *argv: str, patience: float = 20, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program to its end; see :func:`run`."""
-        return await run(*self.inside(*argv), patience=patience)
+        return await run(*self.inside(*argv), patience=patience, env=env)
+
+    def kill(self) -> None:
+        """End every program that runs here, as a crash of the machine would."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, SIGKILL)
+
+    def pids(self) -> list[int]:
+        """The processes that run here."""
+        return [int(pid) for pid in _call("ip", "netns", "pids", self.name).split()]
 
 
 class Wire:
@@ -90,6 +102,11 @@ class Port:
         self._namespace = namespace
         self._name = name
 
+    @staticmethod
+    def unplug_all(ports: Sequence[Port]) -> None:
+        """Take several cables out, whose wires are in one namespace, as close together as can be."""
+        ports[0]._namespace.ip(*(f"link set {port._name} down" for port in ports))
+
     def unplug(self) -> None:
         """Take the cable out: what is sent gets lost, and nobody is told."""
         self._namespace.ip(f"link set {self._name} down")
@@ -112,6 +129,11 @@ class Daemon:
     def running(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: Signals) -> None:
+        """Send a signal to the program itself, not to what it started."""
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def start(self) -> None:
         """Start it. Only from the main thread: the kernel ends it with the thread that started it."""
@@ -180,9 +202,9 @@ def sweep() -> None:
             _delete(path.name)
 
 
-def clear() -> None:
-    """Take away the namespaces of this run, and what still runs in them."""
-    for path in NETNS.glob(f"{FAMILY}{os.getpid()}-*"):
+def clear(label: str = "") -> None:
+    """Take away the namespaces of this run whose names start with a label, and what still runs in them."""
+    for path in NETNS.glob(f"{FAMILY}{os.getpid()}-{label}*"):
         _delete(path.name)
 
 
