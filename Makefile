@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format lint types imports packaging bench bench-state constraints clean
+.PHONY: help run test check format lint types imports packaging bench bench-state failover constraints clean
 
 help:
 	@echo 'make run      a demonstration on loopback: no root, ends by itself after about a minute'
 	@echo 'make test     every test that this machine allows'
 	@echo 'make check    format, lint, types, imports, packaging'
 	@echo 'make bench    Sapin beside direct, nginx and pen; results under build/'
+	@echo 'make failover a pair between real tunnels, 20 rounds of each failure, beside keepalived: an hour, root'
 	@echo 'make bench-state  a million pins in memory and on disk: bytes, time, the longest step'
 
 run: $(VENV)/run.stamp
@@ -46,6 +47,11 @@ bench: $(VENV)/bench.stamp
 bench-state: $(VENV)/bench.stamp
 	$(BIN)/python tests/bench/affinity.py
 	$(BIN)/python tests/bench/journal.py
+
+# FAILOVER='--rounds 3 --scenarios power,kill' for less; -h tells more.
+failover: $(VENV)/bench.stamp
+	@deploy/install-apt.sh deploy/apt-packages.txt
+	$(BIN)/python -m tests.net.pair.measure $(FAILOVER)
 
 # The versions of a fresh environment, to be committed after `make check test` passed with them.
 constraints:

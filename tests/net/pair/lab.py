@@ -47,10 +47,11 @@ class Node:
 
     def forget(self) -> None:
         """Take away the virtual addresses and packet rules, as a restart of the machine does."""
-        for device in VIRTUAL:
-            self.namespace.ip(
-                *(f"address flush dev {device} to {each.partition('/')[0]}" for each in VIRTUAL[device])
-            )
+        for device, addresses in VIRTUAL.items():
+            bare = (
+                each.partition("/")[0] for each in addresses
+            )  # with its prefix it means the whole network
+            self.namespace.ip(*(f"address flush dev {device} to {each}" for each in bare))
         self.namespace.nft("flush ruleset")
 
     def plug(self) -> None:

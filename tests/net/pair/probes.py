@@ -123,13 +123,17 @@ class Probes:
         self.seen = Seen({}, (), ())
 
     async def __aenter__(self) -> Self:
+        self._process = self._start()
+        return self
+
+    def _start(self) -> subprocess.Popen[bytes]:
         argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-I", str(PROGRAM)]
         with self._output.open("wb") as output:
-            self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(self._task).encode() + b"\n")
-        self._process.stdin.flush()
-        return self
+            process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self._task).encode() + b"\n")
+        process.stdin.flush()
+        return process
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

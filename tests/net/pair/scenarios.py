@@ -22,9 +22,13 @@ PAUSE = 1.2
 class Pair(Protocol):
     """Two balancers: Sapin's, or the yardstick's."""
 
-    lab: PairLab
-    addresses: Sequence[str]
-    """The virtual addresses."""
+    @property
+    def lab(self) -> PairLab:
+        """Where it is."""
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """The virtual addresses."""
 
     async def start(self, node: Node) -> None:
         """Start it on a node, unless it runs there."""
