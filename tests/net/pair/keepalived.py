@@ -65,6 +65,12 @@ class Keepalived:
         """Let it go on."""
         self._signal(node, SIGCONT)
 
+    async def mend(self) -> None:
+        """Put all cables back, and start it on both nodes unless it runs there."""
+        for node in self.lab.nodes:
+            node.plug()
+            await self.start(node)
+
     async def settled(self) -> Node:
         """Wait until the addresses are on one node, and both run; that node."""
         found: list[Node] = []

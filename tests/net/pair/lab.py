@@ -9,12 +9,12 @@ Around them are the clients, NAT routers and gateways of :mod:`tests.net.lab`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.net.lab import FLOATING, FLOATING6, VIP, VIP6, Network
-from tests.net.namespaces import Port, Wire, clear, sweep
+from tests.net.lab import FLOATING, FLOATING6, PSK, PSK6, VIP, VIP6, Network
+from tests.net.namespaces import LabError, Port, Wire, clear, sweep
 
 LABEL = "pair-"
 VIRTUAL = {"front": (f"{VIP}/24", f"{VIP6}/64"), "back": (f"{FLOATING}/24", f"{FLOATING6}/64")}
@@ -72,9 +72,19 @@ class PairLab(Network):
         """The peer of a node."""
         return self.nodes[1] if node is self.nodes[0] else self.nodes[0]
 
-    def node(self, name: str) -> Node:
-        """The node of a name."""
-        return next(node for node in self.nodes if node.name == name)
+    async def connect_all(self, addresses: Container[str]) -> None:
+        """Bring the tunnels up that are not; half of the direct clients come by IPv6 where the pair has it.
+
+        Raises:
+            LabError: somebody does not connect.
+        """
+        up = await self.tunnels()
+        six = [client for client in self.direct[::2] if VIP6 in addresses]
+        four = [client for client in self.clients if client not in six]
+        for clients, how in (six, PSK6), (four, PSK):
+            missing = [client for client in clients if client.name not in up]
+            if not all(await self.connect(missing, how)):
+                raise LabError("a client does not connect")
 
 
 @contextmanager

@@ -118,13 +118,12 @@ async def _measure(lab: PairLab, plans: Sequence[Plan], results: Results, consol
 
 
 async def _play_all(pair: Pair, plan: Plan, results: Results, progress: Progress) -> None:
-    for node in pair.lab.nodes:
-        await pair.start(node)
+    await pair.mend()
     await pair.settled()
     for scenario in plan.scenarios:
         task = progress.add_task(f"{plan.setup}: {scenario.title}", total=plan.rounds)
         for _, speaker in zip(range(plan.rounds), cycle(SPEAKERS), strict=False):
-            await connect(pair.lab)
+            await pair.lab.connect_all(pair.addresses)
             once = partial(play, pair, scenario, speaker=speaker, watch=plan.watch(scenario))
             results.add(plan.setup, await _undisturbed(once, results))
             progress.advance(task)
@@ -137,14 +136,6 @@ async def _undisturbed(once: Callable[[], Awaitable[Round]], results: Results) -
             return result
         results.repeated += 1
     return await once()
-
-
-async def connect(lab: PairLab) -> None:
-    """Bring the tunnels up that are not."""
-    up = await lab.tunnels()
-    missing = [client for client in lab.clients if client.name not in up]
-    if missing and not all(await lab.connect(missing)):
-        raise LabError("a client does not connect")
 
 
 def machine() -> Mapping[str, str]:

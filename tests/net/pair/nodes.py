@@ -48,7 +48,7 @@ class SapinPair:
         daemon = self._daemons[node.name]
         if not daemon.running:
             daemon.start()
-        await until(lambda: self._answers(node), f"Sapin answers on {node.name}", START)
+            await until(lambda: self._answers(node), f"Sapin answers on {node.name}", START)
 
     def kill(self, node: Node) -> None:
         """End its daemon as a crash would."""
@@ -73,6 +73,12 @@ class SapinPair:
             return not self._daemons[node.name].running
 
         await until(over, f"Sapin ends on {node.name}", 10)
+
+    async def mend(self) -> None:
+        """Put all cables back, and start it on both nodes unless it runs there."""
+        for node in self.lab.nodes:
+            node.plug()
+            await self.start(node)
 
     async def settled(self) -> Node:
         """Wait until one node is active and the other is in sync with it; the active one."""

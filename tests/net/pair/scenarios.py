@@ -45,6 +45,9 @@ class Pair(Protocol):
     def resume(self, node: Node) -> None:
         """Let it go on (SIGCONT)."""
 
+    async def mend(self) -> None:
+        """Put all cables back, and start it on both nodes unless it runs there."""
+
     async def settled(self) -> Node:
         """Wait until both run, and the standby could take over; the active one."""
 
@@ -216,7 +219,7 @@ async def play(
         await scenario.strike(pair, active)
         await trio.sleep(scenario.watch if watch is None else watch)
         end = time.monotonic()
-    await mend(pair)
+    await pair.mend()
     successor = await pair.settled()
     after, pins_after = await lab.tunnels(), await pair.pins(successor)
     seen = probes.seen
@@ -244,10 +247,3 @@ def worst(seen: Seen, struck: float) -> float:
 def same(before: Tunnel, after: Tunnel | None) -> bool:
     """Whether a tunnel is the one that it was."""
     return after is not None and after.gateway is before.gateway and after.spis("ike") == before.spis("ike")
-
-
-async def mend(pair: Pair) -> None:
-    """Put back what a scenario took away."""
-    for node in pair.lab.nodes:
-        node.plug()
-        await pair.start(node)
