@@ -73,6 +73,8 @@ class Hello(NamedTuple):
     node: str
     boot: int
     """A number by chance for each run of a daemon; names its stream."""
+    beat: int
+    """Counts what the node has said of itself: what is older than the newest is ignored."""
     epoch: int
     role: str
     priority: int
@@ -93,14 +95,15 @@ class Hello(NamedTuple):
 class Heartbeat(NamedTuple):
     """The node is alive, and this is what it is."""
 
+    beat: int
     epoch: int
     role: str
-    priority: int
     synced: bool
     """Whether the receiver has everything that the sender has, as far as the sender knows."""
+    seen: int
     applied: int
-    """As in :class:`Ack`."""
     whole: bool
+    """The three as in :class:`Hello`."""
     clock: float
 
 
