@@ -101,11 +101,12 @@ def _interface(value: object) -> Interface:
         found = ip_interface(value)
     except ValueError:
         raise ValueError("must be an address and the length of its prefix, like 198.18.0.1/24") from None
-    parse_server_address(str(found.ip))
+    _own_address(str(found.ip))
     return found
 
 
-def _link(value: object) -> IPAddress:
+def _own_address(value: object) -> IPAddress:
+    """An address that a node can have."""
     try:
         return parse_server_address(value)
     except ValueError as error:
@@ -151,7 +152,8 @@ class ClusterTable(Section):
     tables: ClassVar[Tables] = {("virtual_addresses",): VirtualAddressTable}
     links: (
         Annotated[
-            list[Annotated[IPAddress, BeforeValidator(_link)]], Field(min_length=1, max_length=MAX_LINKS)
+            list[Annotated[IPAddress, BeforeValidator(_own_address)]],
+            Field(min_length=1, max_length=MAX_LINKS),
         ]
         | None
     ) = None
@@ -169,10 +171,11 @@ class ClusterTable(Section):
     def check(self, loc: Loc, document: Document, report: Report) -> None:
         """Report every rule that the table breaks."""
         services = document.virtual_services or []
+        whole = self._whole(loc, report)
         self._check_links(loc, report)
         self._check_duplicates(loc, report)
         self._check_port(loc, services, report)
-        if self._whole(loc, report):
+        if whole:
             self._check_listening(services, report)
             self._check_sources(loc, services, report)
 
@@ -231,10 +234,10 @@ class ClusterTable(Section):
         """Where the node moves the addresses itself, each service must be at one that it moves."""
         if self.takeover not in (None, Takeover.NETLINK):
             return
-        clients = {address for _, table, address in self._addresses() if table.side in (None, Side.CLIENTS)}
+        moved = {address for _, _, address in self._addresses()}
         for index, service in enumerate(services):
             address = service.address
-            if address is None or address.is_unspecified or address in clients:
+            if address is None or address.is_unspecified or address in moved:
                 continue
             report.add(
                 ("virtual_services", index, "address"),

@@ -127,15 +127,20 @@ def _syntax_fault(message: str, text: str) -> Fault:
 def _decode(tree: dict[str, Any], report: Report, model: type[Document], tables: Tables) -> Document:
     """The tables of the document, without what fails by itself, which is reported."""
     rest = copy.deepcopy(tree)
+    emptied: set[Loc] = set()
     while True:
         try:
             return model.model_validate(rest)
         except ValidationError as failure:
             for error in failure.errors(include_url=False, include_input=False):
                 loc = error["loc"]
+                if loc in emptied:  # an entry of a list of plain values: the list has to go as a whole
+                    _take_out(rest, loc[:-1])
+                    continue
                 unknown = error["type"] == "extra_forbidden"
                 report.add(loc, _unknown_key(loc, tables) if unknown else reason(error))
                 _take_out(rest, loc)
+                emptied.add(loc)
 
 
 def _unknown_key(loc: Loc, tables: Tables) -> str:
@@ -144,21 +149,22 @@ def _unknown_key(loc: Loc, tables: Tables) -> str:
 
 
 def _take_out(tree: dict[str, Any], loc: Loc) -> None:
-    """Remove what stands at ``loc``; an entry of a list leaves an empty table, so that indices hold."""
+    """Remove what stands at ``loc``, if it is there; an entry of a list leaves an empty table, so that indices hold."""
     *outer, last = loc
     here: Any = tree
     for part in outer:
-        here = here[part]
+        here = here.get(part, {}) if isinstance(here, dict) else here[part]
     if isinstance(last, int):
         here[last] = {}
     else:
-        del here[last]
+        here.pop(last, None)
 
 
 def _require(loc: Loc, table: Table, report: Report) -> None:
     for key in table.required:
-        if getattr(table, key) is None and not report.blames((*loc, key)):
-            report.add((*loc, key), "is missing")
+        place = (*loc, key)
+        if getattr(table, key) is None and not (report.blames(place) or report.blames_inside(place)):
+            report.add(place, "is missing")
     for inner, value in _tables(loc, table):
         _require(inner, value, report)
 

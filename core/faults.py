@@ -96,6 +96,10 @@ class Report:
         clipped = self._clip(loc)
         return any(clipped[:depth] in self._found for depth in range(len(clipped) + 1))
 
+    def blames_inside(self, loc: Loc) -> bool:
+        """Whether something inside of what stands at ``loc`` has a fault already."""
+        return any(found[: len(loc)] == loc for found in self._found)
+
     def faults(self) -> tuple[Fault, ...]:
         """The faults in the order of the document; of what is absent, at the table it is missed in."""
         located = sorted(self._found.items(), key=lambda item: self._order(item[0]))

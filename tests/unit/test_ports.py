@@ -58,6 +58,26 @@ def test_a_pool_that_was_empty_goes_on() -> None:
         pool.give(LOW)
 
 
+@given(st.lists(st.tuples(st.sampled_from(["take", "reserve", "give"]), st.integers(0, 7)), max_size=60))
+def test_a_reserved_port_is_not_given_before_it_was_given_back(steps: list[tuple[str, int]]) -> None:
+    pool, held = PortPool([range(LOW, HIGH + 1)], (), Random(1)), set[int]()
+    for step, number in steps:
+        if step == "take":
+            port = pool.take()
+            assert (port is None) == (held == PORTS)
+            assert port not in held
+            held |= {port} if port is not None else set()
+        elif step == "reserve" and LOW + number not in held:
+            pool.reserve(LOW + number)
+            held.add(LOW + number)
+        elif step == "give" and LOW + number in held:
+            pool.give(LOW + number)
+            held.remove(LOW + number)
+    free = drained(pool)
+    assert len(free) == len(set(free))
+    assert set(free) == PORTS - held
+
+
 class PoolMachine(RuleBasedStateMachine):
     """The pool against its rule: never used yet, from the first on; then the longest unused."""
 
