@@ -29,9 +29,11 @@ from sapin.cluster.membership import Credentials, Member
 from sapin.cluster.strangers import Strangers
 from sapin.cluster.wire import MAX_MESSAGE
 
-QUEUE = 16
-"""Messages that the library holds for us to receive. It holds none to be sent: what waited for a connection that ended
-would go to the next one."""
+QUEUE = 64
+"""Messages that the library holds in each direction; without such a queue each message costs a switch of threads."""
+SILENCE = 2.0
+"""Seconds after which a connection over which nothing came is made anew: the library overlooks the end of a connection
+that ends while its queue is full."""
 RECONNECT = 50, 100
 """Milliseconds between two attempts on one link: at first, and at most."""
 ATTEMPT = 0.5
@@ -81,14 +83,18 @@ class Link:
         own: this node.
         peer: the other one.
         credentials: what this node shows, and checks the other by.
+        silence: seconds, longer than any pause between two messages of a peer that is well.
 
     Raises:
         LinkError: the certificates are not accepted.
     """
 
-    def __init__(self, own: Member, peer: Member, credentials: Credentials) -> None:
+    def __init__(self, own: Member, peer: Member, credentials: Credentials, silence: float = SILENCE) -> None:
         self._own, self._peer = own, peer
         self._listens = own.name < peer.name
+        self._silence = silence
+        self._heard = False
+        self._connection = trio.Event()
         self._lock = threading.Lock()
         self._closed = False
         self._told: deque[tuple[bool, _Pipe]] = deque()
@@ -107,7 +113,7 @@ class Link:
         self._socket = pynng.Pair1(
             recv_max_size=MAX_MESSAGE,
             recv_buffer_size=QUEUE,
-            send_buffer_size=0,
+            send_buffer_size=QUEUE,
             reconnect_time_min=RECONNECT[0],
             reconnect_time_max=RECONNECT[1],
         )
@@ -148,7 +154,8 @@ class Link:
 
         ``handshake``: no TLS, an unknown CA, an expired or missing certificate; ``not-a-member``: a certificate of the
         CA for a node that is not the peer; ``second``: the peer, while a connection of it stood; ``half-open``: silent
-        before the handshake ended; ``closed``: left before that.
+        before the handshake ended; ``closed``: left before that; ``silent``: the peer, after nothing
+        was heard of it for long.
         """
         counts = self._refused + self._passed + self._counted()
         counts["half-open"] = self._strangers.ended
@@ -159,6 +166,7 @@ class Link:
         if self._ready:
             return self._ready.popleft()
         while (message := self._take()) is not None:
+            self._heard = True
             number, data = message
             if self._current is not None and number == self._current.number:
                 return data
@@ -182,6 +190,9 @@ class Link:
         Raises:
             LinkError: the library refuses it for another reason.
         """
+        live, current = self._live, self._current
+        if live is None or current is None or live.id != current.number:
+            return False  # whatever is queued now would go to the next connection
         error = _lib.nng_send(self._socket.socket, data, len(data), _lib.NNG_FLAG_NONBLOCK)
         if error in (_lib.NNG_EAGAIN, _lib.NNG_ECLOSED):
             return False
@@ -190,7 +201,8 @@ class Link:
         return True
 
     async def writable(self) -> None:
-        """Wait until :meth:`send` may take something."""
+        """Wait until :meth:`send` may take something; not before :meth:`receive` told of a connection."""
+        await self._connection.wait()
         await trio.lowlevel.wait_readable(self._send_fd)
 
     def close_pipe(self) -> None:
@@ -225,6 +237,7 @@ class Link:
                 else:
                     nursery.start_soon(self._dial)
                 nursery.start_soon(self._report)
+                nursery.start_soon(self._end_silence)
                 task_status.started()
         finally:
             self.close()
@@ -299,6 +312,14 @@ class Link:
                 with suppress(pynng.NNGException):
                     dialer.close()
 
+    async def _end_silence(self) -> None:
+        while True:
+            self._heard, pipe = False, self._live
+            await trio.sleep(self._silence)
+            if pipe is not None and self._live is pipe and not self._heard:
+                self._refused["silent"] += 1
+                self.close_pipe()
+
     # on the library's threads, which hold a lock of it: nothing here may wait
 
     def _admit(self, pipe: pynng.Pipe) -> None:
@@ -309,6 +330,7 @@ class Link:
         elif self._listens and self._live is not None:
             self._refused["second"] += 1
             self.close_pipe()
+        self._forget_queue()
 
     def _came(self, pipe: pynng.Pipe) -> None:
         self._live = pipe
@@ -317,7 +339,14 @@ class Link:
     def _went(self, pipe: pynng.Pipe) -> None:
         if self._live is not None and self._live.id == pipe.id:
             self._live = None
+            self._forget_queue()
         self._tell(False, _Pipe(pipe.id, ""))
+
+    def _forget_queue(self) -> None:
+        """What was to go to a connection that ended must not go to the next: a queue that shrinks drops its rest."""
+        with suppress(pynng.NNGException):
+            self._socket.send_buffer_size = 0
+            self._socket.send_buffer_size = QUEUE
 
     def _tell(self, came: bool, pipe: _Pipe) -> None:
         with self._lock:
@@ -359,9 +388,11 @@ class Link:
         if former is not None and pipe is not None and former.number == pipe.number:
             return
         if former is not None:
+            self._connection = trio.Event()
             self._ended.append(former.number)
             self._ready.append(Disconnected(self._peer.name))
         if pipe is not None:
+            self._connection.set()
             self._ready.append(Connected(self._peer.name, pipe.link))
 
     def _remote(self) -> str:

@@ -13,7 +13,7 @@ import trio
 
 from sapin.cluster import certificates
 from sapin.cluster.link import Connected, Link, Received
-from sapin.cluster.membership import Credentials, Member
+from sapin.cluster.membership import Credentials, Member, parse_member
 
 NETWORK = f"127.{30 + os.getpid() % 100}"  # so that two runs at a time do not meet
 PATIENCE = 10.0
@@ -42,8 +42,8 @@ def members(*links: str) -> tuple[Member, Member]:
     """Two nodes; the first listens, on these addresses."""
     port = next(_ports)
     return (
-        Member(name="lb-a", links=links or (f"{NETWORK}.0.1",), port=port),
-        Member(name="lb-b", links=(f"{NETWORK}.0.2",), port=port),
+        parse_member("lb-a", list(links) or [f"{NETWORK}.0.1"], port),
+        parse_member("lb-b", [f"{NETWORK}.0.2"], port),
     )
 
 
@@ -57,7 +57,7 @@ async def next_of(link: Link) -> Received:
 
 async def until(true: Callable[[], bool]) -> None:
     with trio.fail_after(PATIENCE):
-        while not true():
+        while not true():  # noqa: ASYNC110  # what happens on threads of a library sets no event
             await trio.sleep(0.01)
 
 

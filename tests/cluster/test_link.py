@@ -31,7 +31,7 @@ async def test_a_full_link_pushes_back_and_loses_nothing() -> None:
         while left.send(b"%07d" % sent + bytes(60_000)):
             sent += 1
             assert sent < 10_000, "the link takes everything, so somebody buffers without bound"
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
             if sent % 20 == 0:
                 await trio.sleep(0.02)
         for number in range(sent):
@@ -80,6 +80,48 @@ async def test_what_was_sent_before_the_end_comes_before_it() -> None:
                 got.append(received)
             assert isinstance(received, Disconnected)
             assert got == [b"%d" % number for number in range(sent)]
+
+
+async def test_what_waited_for_a_connection_that_ended_does_not_go_to_the_next() -> None:
+    async with connected() as (left, right):
+        sent = 0
+        for _ in range(50):
+            await trio.sleep(0.002)
+            while left.send(b"old" + bytes(50_000)):
+                sent += 1
+        left.close_pipe()
+        seen = []
+        while not isinstance(received := await next_of(right), Connected):
+            seen.append(received)
+        assert isinstance(seen[-1], Disconnected)
+        assert len(seen) - 1 < sent, "nothing was left waiting, so this test shows nothing"
+        while not isinstance(await next_of(left), Connected):
+            pass
+        assert left.send(b"new")
+        assert await next_of(right) == b"new"
+
+
+async def test_a_reader_that_was_paused_finds_out_that_the_connection_ended() -> None:
+    async with connected() as (left, right):
+        for _ in range(50):
+            await trio.sleep(0.002)
+            while left.send(b"old" + bytes(50_000)):
+                pass
+        left.close_pipe()
+        await trio.sleep(0.5)
+        with trio.fail_after(8):
+            while not isinstance(await next_of(right), Connected):
+                pass
+
+
+async def test_waiting_to_send_does_not_spin_where_nobody_is() -> None:
+    authority = Authority.new()
+    a, b = members()
+    link = Link(a, b, authority.issue("lb-a"))
+    async with running(link):
+        with trio.move_on_after(0.2) as scope:
+            await link.writable()
+        assert scope.cancelled_caught
 
 
 async def test_the_second_link_is_used_where_the_first_is_not() -> None:
