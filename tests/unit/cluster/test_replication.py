@@ -36,9 +36,22 @@ class Two:
     def hello(self) -> Hello:
         sink = self.sink
         return Hello(
-            1, 2, "c", "lb-b", 5, 1, "standby", 100, 0, sink.seen, sink.applied, sink.whole,
-            self.standby.digest(), 0.0,
-        )  # fmt: skip
+            oldest=1,
+            newest=2,
+            cluster="c",
+            node="lb-b",
+            boot=5,
+            beat=1,
+            epoch=1,
+            role="standby",
+            priority=100,
+            rank=0,
+            seen=sink.seen,
+            applied=sink.applied,
+            whole=sink.whole,
+            digest=self.standby.digest(),
+            clock=0.0,
+        )
 
     def send(self) -> None:
         for message in self.source.messages():
