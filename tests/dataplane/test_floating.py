@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -34,9 +36,22 @@ PORT = 17_001
 
 
 def addresses(version: int, verb: str) -> None:
-    """To add the virtual addresses is what a takeover is."""
+    """To add the virtual addresses is what a takeover is.
+
+    Linux gives an IPv6 address its local route in a task of its own (addrconf_dad_work), so that is waited for.
+    """
     bits, nodad = {4: (32, ""), 6: (128, "nodad" if verb == "add" else "")}[version]
     ip(*(f"address {verb} {each[version]}/{bits} dev back {nodad}" for each in (VIP, SOURCE)))
+    if verb == "add":
+        for each in (VIP, SOURCE):
+            while not is_local(each[version]):
+                time.sleep(0.002)
+
+
+def is_local(address: str) -> bool:
+    """Whether what is sent to the address stays on this node."""
+    shown = subprocess.run(["ip", "route", "get", address], capture_output=True, text=True, check=False)
+    return shown.stdout.startswith("local")
 
 
 @pytest.fixture(params=[4, 6])
