@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 AT_MOST = 2.0
 """Seconds that a flow may be held, twice the longest sync_timeout: beyond that something is wrong."""
 
-PART = 250
-"""Records that go to the peer as one message, at most."""
-
 Replicate = Callable[[Sequence[Replicated]], int]
-"""Gets at most :data:`PART` local changes of one flush; answers the sequence that replies have to wait for, 0 for none."""
+"""Gets all local changes of one flush, so that they and the digest are of one moment; answers the sequence that replies have to wait for, 0 for none."""
 
 
 class _Held(NamedTuple):
@@ -100,9 +97,7 @@ class Outlet:
         flows, self._fresh = self._fresh, []
         sequence = 0
         try:
-            if self.replicate:
-                for at in range(0, len(records), PART):
-                    sequence = self.replicate(records[at : at + PART])
+            sequence = self.replicate(records) if self.replicate else 0
         finally:
             if sequence and flows:
                 self._held.append(_Held(sequence, self._clock(), flows))

@@ -86,7 +86,7 @@ class Replica:
 
     def walk(self) -> Iterator[Sequence[Replicated]]:
         """A fuzzy snapshot in chunks of at most 250 records, each as of when it is asked for."""
-        yield from _chunks(self._states(), CHUNK)
+        yield from _chunks(iter(self.states()), CHUNK)
         for group in self._writer.snapshot.groups.values():
             start: int | None = 0
             while start is not None:
@@ -94,6 +94,15 @@ class Replica:
                 yield found.puts
                 start = found.next
         yield from _chunks(self._flows(), FLOWS)
+
+    def states(self) -> Sequence[Replicated]:
+        """What is neither pin nor flow, and in no digest: health and admin states."""
+        return [
+            state
+            for group in self._writer.snapshot.groups.values()
+            for member in group.members.values()
+            for state in (ServerAdmin(group.name, member.name, member.admin), health_of(group, member))
+        ]
 
     def touches(self, second: int) -> Iterator[Touched]:
         """The pins that were put or touched after that second, some hundred slots at a time; none for many of them."""
@@ -103,12 +112,6 @@ class Replica:
             while start is not None:
                 keys, start = table.touched(start, CHUNK, second + table.timeout)
                 yield Touched(group.name, tuple(keys))
-
-    def _states(self) -> Iterator[Replicated]:
-        for group in self._writer.snapshot.groups.values():
-            for member in group.members.values():
-                yield ServerAdmin(group.name, member.name, member.admin)
-                yield health_of(group, member)
 
     def _flows(self) -> Iterator[FlowOpened]:
         table = self._forwarder.flows
