@@ -112,6 +112,7 @@ class Outlet:
         """The peer has everything up to this sequence."""
         while self._held and self._held[0].sequence <= sequence:
             self._resume_now(self._held.popleft().flows)
+        self.flush()  # where one could not be resumed, it is closed
 
     def release_overdue(self) -> None:
         """Release what has been held for too long."""
