@@ -36,7 +36,7 @@ SILENCE = 2.0
 that ends while its queue is full."""
 RECONNECT = 50, 100
 """Milliseconds between two attempts on one link: at first, and at most."""
-ATTEMPT = 0.5
+ATTEMPT = 1.0
 """Seconds that one of the peer's links is dialled before the next one is."""
 LISTEN_AGAIN = 1.0
 """Seconds until a link address that could not be listened on is tried again."""

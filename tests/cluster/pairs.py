@@ -55,6 +55,13 @@ async def next_of(link: Link) -> Received:
         return received
 
 
+async def put(link: Link, data: bytes) -> None:
+    """Send a message as soon as the link takes it."""
+    with trio.fail_after(PATIENCE):
+        while not link.send(data):
+            await link.writable()
+
+
 async def until(true: Callable[[], bool]) -> None:
     with trio.fail_after(PATIENCE):
         while not true():  # noqa: ASYNC110  # what happens on threads of a library sets no event

@@ -10,17 +10,15 @@ import trio
 
 from sapin.cluster.link import Connected, Disconnected, Link, LinkError
 from sapin.cluster.membership import Credentials
-from tests.cluster.pairs import NETWORK, Authority, connected, members, next_of, running, until
+from tests.cluster.pairs import NETWORK, Authority, connected, members, next_of, put, running, until
 
 
 async def test_messages_go_both_ways_in_order() -> None:
     async with connected() as (left, right):
         for number in range(200):
-            while not left.send(b"%d" % number):
-                await left.writable()
+            await put(left, b"%d" % number)
             assert await next_of(right) == b"%d" % number
-            while not right.send(b"re %d" % number):
-                await right.writable()
+            await put(right, b"re %d" % number)
             assert await next_of(left) == b"re %d" % number
         assert right.link == f"{NETWORK}.0.1"
 
@@ -43,8 +41,7 @@ async def test_a_full_link_pushes_back_and_loses_nothing() -> None:
 async def test_a_message_that_is_too_long_ends_the_connection() -> None:
     async with connected() as (left, right):
         with trio.fail_after(10):
-            while not left.send(bytes(5 * 1024 * 1024)):
-                await left.writable()
+            await put(left, bytes(5 * 1024 * 1024))
         assert isinstance(await next_of(right), Disconnected)
         assert isinstance(await next_of(right), Connected)
 
@@ -60,8 +57,7 @@ async def test_the_end_of_a_connection_is_told_within_milliseconds_and_it_comes_
         for link in (left, right):
             while not isinstance(await next_of(link), Connected):
                 pass
-        while not left.send(b"again"):
-            await left.writable()
+        await put(left, b"again")
         assert await next_of(right) == b"again"
 
 
@@ -150,8 +146,7 @@ async def test_a_certificate_is_renewed_without_another_descriptor() -> None:
                 while not isinstance(await next_of(end), Connected):
                     pass
             assert link.fd == descriptor
-        while not left.send(b"renewed"):
-            await left.writable()
+        await put(left, b"renewed")
         assert await next_of(right) == b"renewed"
 
 
@@ -202,5 +197,4 @@ async def _echo(link: Link) -> None:
     while True:
         received = await next_of(link)
         assert isinstance(received, bytes)
-        while not link.send(received):
-            await link.writable()
+        await put(link, received)

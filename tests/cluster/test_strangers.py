@@ -16,7 +16,7 @@ from sapin.cluster import link as link_module
 from sapin.cluster.link import Connected, Disconnected, Link
 from sapin.cluster.membership import Credentials, Member
 from sapin.cluster.strangers import MAX_STRANGERS, PATIENCE, Connection, Strangers, connections
-from tests.cluster.pairs import Authority, members, next_of, running, until
+from tests.cluster.pairs import Authority, members, next_of, put, running, until
 
 YEAR = 366 * 86_400
 
@@ -70,8 +70,7 @@ async def gets_in(ends: Ends) -> None:
     async with running(right):
         assert isinstance(await next_of(ends.left), Connected)
         assert isinstance(await next_of(right), Connected)
-        while not right.send(b"it is me"):
-            await right.writable()
+        await put(right, b"it is me")
         assert await next_of(ends.left) == b"it is me"
 
 
@@ -163,8 +162,7 @@ async def test_silent_strangers_take_no_place_and_are_ended(
         await until(lambda: all(closed(sock) for sock in silent))
         await until(lambda: ends.left.refused.get("half-open") == len(silent))
         assert right.receive() is not None
-        while not right.send(b"still here"):
-            await right.writable()
+        await put(right, b"still here")
         assert await next_of(ends.left) == b"still here"
 
 
