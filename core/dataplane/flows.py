@@ -350,7 +350,8 @@ class FlowTable:
         if not flow.key:
             flow.member.pinned -= 1
         flow.key = key
-        self._journal(self.record(flow))
+        if self._outlet:
+            self._journal(self.record(flow))
 
     def hold(self, flow: Flow) -> None:
         """Leave the server's answers in the kernel until :meth:`resume`, if there is a peer to wait for."""

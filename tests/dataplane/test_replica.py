@@ -388,7 +388,7 @@ async def test_what_is_of_no_use_here_does_no_harm(farm: Farm, record: Replicate
 
 
 async def test_a_flow_whose_pin_has_another_key_now_is_told_again(farm: Farm) -> None:
-    """Else the pin of the first key would expire, and the flow be decided anew, after a takeover or restart."""
+    """Else the standby would hold the flow against a key that it may have lost, or take it for one without a pin."""
     async with twins(farm, persistence="ike-spi") as (active, standby, _):
         client = farm.client()
         for _ in range(3):

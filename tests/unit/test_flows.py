@@ -72,7 +72,7 @@ class Flows:
         return flow
 
     def restore(self, old: FlowOpened, now: int = START) -> bool:
-        return self.table.restore(self.listener, old, self.member, self.endpoint, now)
+        return self.table.restore(self.listener, old, self.member, self.endpoint, now) is not None
 
     def alive(self, now: int, since: int = START) -> list[Flow]:
         """What is left after housekeeping once a second."""
