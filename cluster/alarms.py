@@ -1,90 +1,120 @@
-"""What is wrong with the pair at the moment, and since when; and what has happened lately.
+"""What an operator has to know: which alarms stand, and what the last failover did.
 
-Pure. An alarm stands until its cause is gone; raising one that stands only changes its text.
+Pure. An alarm is raised when its condition has held for a while and cleared when it has not held for a while, so that
+what comes and goes is one alarm, not a hundred.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Name(StrEnum):
-    """Every alarm that there is."""
+    """What can be wrong."""
 
     PEER_LOST = "peer-lost"
     DESYNCHRONISED = "desynchronised"
     TWO_ACTIVES = "two-actives"
-    STALE_TAKEOVER = "stale-takeover"
     CERTIFICATE_EXPIRING = "certificate-expiring"
     CONFIG_CONFLICT = "config-conflict"
     CLOCK_SKEW = "clock-skew"
-    GUARD_LOST = "guard-lost"
+    UNSYNCED_TAKEOVER = "took-over-without-sync"
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
+HOLD: Mapping[Name, tuple[float, float]] = {
+    Name.PEER_LOST: (0.0, 1.0),
+    Name.DESYNCHRONISED: (1.0, 1.0),
+    Name.TWO_ACTIVES: (0.0, 10.0),
+    Name.CERTIFICATE_EXPIRING: (0.0, 0.0),
+    Name.CONFIG_CONFLICT: (0.0, 0.0),
+    Name.CLOCK_SKEW: (2.0, 10.0),
+    Name.UNSYNCED_TAKEOVER: (0.0, 0.0),
+}
+"""Seconds that the condition must have held to raise, and not have held to clear."""
+
+
+class Alarm(NamedTuple):
     """One that stands."""
 
     name: Name
-    text: str
-    """What is wrong, and what to do."""
     since: float
-    """Seconds of the pair's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something that has happened."""
-
-    at: float
-    what: str
+    """When its condition began to hold, in the seconds of the pair's clock."""
     text: str
+
+
+class Change(NamedTuple):
+    """An alarm that was raised, or cleared."""
+
+    alarm: Alarm
+    raised: bool
+
+
+@dataclass(slots=True)
+class _Condition:
+    holds: bool = False
+    since: float = 0.0
+    """When it came to hold or not to hold as it does."""
+    text: str = ""
+    alarm: Alarm | None = None
 
 
 class Alarms:
-    """The alarms that stand, and the last notices."""
+    """The conditions, and the alarms that come of them."""
 
-    def __init__(self, kept: int = 1_000) -> None:
-        self._standing: dict[Name, Alarm] = {}
-        self._notices: deque[Notice] = deque(maxlen=kept)
-        self._told = 0
-        self.noted = 0
-        """Notices so far."""
+    def __init__(self) -> None:
+        self.raised = dict.fromkeys(Name, 0)
+        """How often each was raised."""
+        self._conditions = {name: _Condition() for name in Name}
+
+    def set(self, name: Name, holds: bool, text: str, now: float) -> None:
+        """Say whether a condition holds; the text is for the operator."""
+        condition = self._conditions[name]
+        if condition.holds != holds:
+            condition.holds, condition.since = holds, now
+        if holds:
+            condition.text = text
+
+    def changes(self, now: float) -> Iterator[Change]:
+        """What is raised or cleared by now."""
+        for name, condition in self._conditions.items():
+            lasted = now - condition.since
+            raise_after, clear_after = HOLD[name]
+            if condition.holds and condition.alarm is None and lasted >= raise_after:
+                condition.alarm = Alarm(name, condition.since, condition.text)
+                self.raised[name] += 1
+                yield Change(condition.alarm, raised=True)
+            elif not condition.holds and condition.alarm is not None and lasted >= clear_after:
+                gone, condition.alarm = condition.alarm, None
+                yield Change(gone, raised=False)
 
     @property
-    def standing(self) -> Sequence[Alarm]:
+    def standing(self) -> tuple[Alarm, ...]:
         """The alarms that stand, the oldest first."""
-        return sorted(self._standing.values(), key=lambda alarm: alarm.since)
+        alarms = [each.alarm for each in self._conditions.values() if each.alarm is not None]
+        return tuple(sorted(alarms, key=lambda alarm: alarm.since))
+
+
+@dataclass(frozen=True, slots=True)
+class Failover:
+    """A takeover that this node made."""
+
+    cause: str
+    epoch: int
+    at: float
+    """When the addresses were here, in the seconds of the pair's clock."""
+    duration: float
+    """Seconds from when the peer was last known to be there to when the addresses were here."""
+    synced: bool
+    """Whether the node had everything."""
+    pins: int = 0
+    """Pins that it took over."""
+    answered: int = 0
+    """How many of them have had an answer of their server since."""
 
     @property
-    def notices(self) -> Sequence[Notice]:
-        """What has happened lately, the oldest first."""
-        return list(self._notices)
-
-    def note(self, what: str, text: str, now: float) -> None:
-        """Something has happened."""
-        self._notices.append(Notice(now, what, text))
-        self.noted += 1
-
-    def new(self) -> Sequence[Notice]:
-        """The notices since the last call, for a log."""
-        count = min(self.noted - self._told, len(self._notices))
-        self._told = self.noted
-        return list(self._notices)[len(self._notices) - count :]
-
-    def set(self, name: Name, text: str, now: float) -> None:
-        """Something is wrong."""
-        standing = self._standing.get(name)
-        if standing is not None:
-            self._standing[name] = replace(standing, text=text)
-            return
-        self._standing[name] = Alarm(name, text, now)
-        self.note(f"alarm {name}", text, now)
-
-    def clear(self, name: Name, now: float) -> None:
-        """It is not wrong any more."""
-        if self._standing.pop(name, None) is not None:
-            self.note(f"alarm {name} is over", "", now)
+    def survival(self) -> float:
+        """The part of the pins that answered again; 1 where there were none."""
+        return self.answered / self.pins if self.pins else 1.0
