@@ -1,6 +1,6 @@
 """Replication: one numbered stream of a node's own changes, and how the peer takes it in.
 
-Pure. A :class:`Source` numbers what its node changes; a :class:`Sink` applies the peer's stream. The rules:
+Pure. A :class:`Source` numbers what its node changes; a :class:`~sapin.cluster.sink.Sink` applies the peer's stream. The rules:
 
 * **One stream** for each run of a daemon, named by its *boot*. Changes, the chunks of a snapshot, its beginning and end, and
   digests all have numbers in it, so that order, acknowledgement, window and repetition are one mechanism.
@@ -21,8 +21,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from sapin.cluster.replica import Replica
+from sapin.cluster.sink import Sink
 from sapin.cluster.wire import (
     MAX_RECORDS,
     Ack,
@@ -35,44 +37,15 @@ from sapin.cluster.wire import (
     Nak,
     Numbered,
     Record,
-    Resync,
     Revision,
 )
 from sapin.core.journal import Touched
 from sapin.core.pins import Put, Removed
 
-MARK_EVERY = 1.0
-"""Seconds between two digests in the stream, at least."""
-NAK_EVERY = 0.05
-"""Seconds until a missing sequence is asked for again."""
+__all__ = ["Limits", "Replica", "Sink", "Source", "Sync", "weight"]
 
-
-class Replica(Protocol):
-    """A node's state, as replication shows and changes it."""
-
-    def walk(self) -> Iterator[Sequence[Record]]:
-        """A fuzzy snapshot in chunks of some hundred records, each as of when it is asked for."""
-        ...
-
-    def states(self) -> Sequence[Record]:
-        """What is neither pin nor flow: health and admin states, the configuration."""
-        ...
-
-    def apply(self, records: Sequence[Record]) -> None:
-        """Make the peer's changes, in their order; they are journaled when it returns."""
-        ...
-
-    def begin(self) -> None:
-        """A snapshot begins: what is not put from now on goes at :meth:`finish`."""
-        ...
-
-    def finish(self) -> bool:
-        """A short step of removing what was not put since :meth:`begin`; true when done."""
-        ...
-
-    def digest(self) -> int:
-        """64 bits of all pins and flows, in no order."""
-        ...
+MARK_EVERY, MARK_SELDOM = 1.0, 64.0
+"""Seconds between two digests in the stream, at least; and when a snapshot does not help against a difference."""
 
 
 class Sync(StrEnum):
@@ -146,6 +119,9 @@ class Source:
         self._begun = 0
         """The beginning of the last snapshot."""
         self._marked = 0.0
+        self._mark_at = 0
+        """The sequence of a digest whose outcome is not known; 0 for none."""
+        self._patience = MARK_EVERY
         self._join: Join | None = None
         self._joined: Join | None = None
 
@@ -164,15 +140,20 @@ class Source:
         for at in range(0, len(records), MAX_RECORDS):
             part = records[at : at + MAX_RECORDS]
             self._number(Delta(self.sequence + 1, part), weight(part))
-        if self.state is Sync.SYNCED and now - self._marked >= MARK_EVERY:
-            self.mark(now)
+        self.tick(now)
         return self.sequence
+
+    def tick(self, now: float) -> None:
+        """Have the peer compare digests if it is time to. Only when every change so far was appended."""
+        if self.state is Sync.SYNCED and not self._mark_at and now - self._marked >= self._patience:
+            self.mark(now)
 
     def mark(self, now: float) -> None:
         """Have the peer compare digests here. Only when every change so far was appended."""
         if self.state is not Sync.ABSENT and self._walk is None:
             self._marked = now
             self._number(Mark(self.sequence + 1, self._replica.digest()), 50)
+            self._mark_at = self.sequence
 
     def connect(self, hello: Hello) -> None:
         """The peer is there, and is to be brought up to date in the cheapest way that is right."""
@@ -207,9 +188,16 @@ class Source:
 
     def disconnect(self) -> None:
         """The peer is not there any more. What it has not acknowledged is kept, as far as it fits."""
+        if self._walk is not None:
+            self._forget_all()  # half of a snapshot, which nobody could go on with
         self.state = Sync.ABSENT
         self._walk = self._join = self._joined = None
         self._in_flight = 0
+
+    def leave(self) -> None:
+        """This node is not active any more: what its stream has said is not repeated, the peer's state is the one that counts."""
+        self.disconnect()
+        self._forget_all()
 
     def acknowledged(self, ack: Ack) -> None:
         """The peer has everything up to a sequence."""
@@ -217,6 +205,8 @@ class Source:
             return
         self.acked = ack.sequence
         self._drop_to(ack.sequence)
+        if ack.whole and 0 < self._mark_at <= ack.sequence:
+            self._mark_at, self._patience = 0, MARK_EVERY
         if self.state is Sync.SYNCED:
             if not ack.whole:
                 self._begin_snapshot()
@@ -228,8 +218,10 @@ class Source:
         """The peer lacks a sequence, though a later one came."""
         if self.state is Sync.ABSENT or nak.sequence > self._sent:
             return
-        if self._has(nak.sequence - 1):
+        if nak.sequence > self.acked:
             self._rewind(nak.sequence - 1)
+        elif self._begun > self.acked or self._joined is not None:
+            self.repeat()  # it lacks what allows it to go on here
         else:
             self._begin_snapshot()
 
@@ -324,6 +316,9 @@ class Source:
 
     def _begin_snapshot(self) -> None:
         """Begin a snapshot. What waited is not needed any more; what is appended from now on comes after the beginning."""
+        if self._mark_at:
+            # Its digest differed, most likely. If that comes again and again, nobody is to be kept busy with it.
+            self._mark_at, self._patience = 0, min(2 * self._patience, MARK_SELDOM)
         self.state = Sync.RESYNC
         self._join = self._joined = None
         self._forget_all()
@@ -350,113 +345,3 @@ class Source:
         if applied < self._sent:
             self._sent = applied
             self._in_flight = 0
-
-
-class Sink:
-    """Takes the peer's stream in.
-
-    Args:
-        replica: what it is applied to.
-    """
-
-    def __init__(self, replica: Replica) -> None:
-        self.seen = 0
-        """The boot whose stream is taken in; 0 before the first."""
-        self.applied = 0
-        """Everything up to this sequence is applied."""
-        self.whole = False
-        """Whether all of the peer's state is here, rather than half of a snapshot."""
-        self.divergences = self.gaps = self.repeated = 0
-        """Digests that differed, sequences that were missing, messages that came twice."""
-        self._replica = replica
-        self._loading = self._finishing = False
-        self._naked = (0, 0.0)
-
-    def connect(self, boot: int) -> None:
-        """A connection to the run of that boot begins; another stream than before begins with a snapshot, or a :class:`Join`."""
-        if boot != self.seen:
-            self.seen, self.applied = boot, 0
-            self.whole = self._loading = self._finishing = False
-        self._naked = (0, 0.0)
-
-    def received(self, message: Numbered | Join, compare: bool, now: float) -> Ack | Nak | Resync | None:
-        """Take a message in; what is to be answered.
-
-        Args:
-            message: of the peer's stream.
-            compare: whether digests mean something: not while this node makes changes of its own.
-            now: seconds.
-        """
-        if isinstance(message, Join):
-            return self._join(message)
-        if message.sequence <= self.applied:
-            self.repeated += 1
-            return Ack(self.applied, self.whole)
-        if message.sequence != self.applied + 1 and not isinstance(message, Begin):
-            return self._gap(now)
-        return self._take(message, compare)
-
-    def _take(self, message: Numbered, compare: bool) -> Ack | Resync:
-        match message:
-            case Delta():
-                if self.lost:
-                    return Resync("there was no snapshot")
-                self._replica.apply(message.records)
-            case Begin():
-                self._replica.begin()
-                self._loading, self.whole, self._finishing = True, False, False
-            case End():
-                if not self._loading:
-                    return Resync("the snapshot had no beginning")
-                self._loading, self._finishing = False, True
-            case Mark() if compare and self.whole and message.digest != self._replica.digest():
-                self.applied = message.sequence
-                return self._diverged()
-        self.applied = message.sequence
-        return Ack(self.applied, self.whole)
-
-    @property
-    def lost(self) -> bool:
-        """Whether it takes a snapshot to go on, and none is coming in yet."""
-        return not self.whole and not self._loading and not self._finishing
-
-    def step(self) -> Ack | None:
-        """One short step of what is left to do after a snapshot; an answer when that is done."""
-        if not self._finishing or not self._replica.finish():
-            return None
-        self._finishing, self.whole = False, True
-        return Ack(self.applied, True)
-
-    @property
-    def busy(self) -> bool:
-        """Whether :meth:`step` has something to do."""
-        return self._finishing
-
-    @property
-    def loading(self) -> bool:
-        """Whether a snapshot is coming in."""
-        return self._loading
-
-    def taken_over(self) -> None:
-        """This node is active now: what is left of a snapshot, nobody will send."""
-        self._loading = self._finishing = False
-
-    def _join(self, message: Join) -> Ack | Resync:
-        if message.digest and message.digest != self._replica.digest():
-            return self._diverged()
-        self.applied = message.sequence
-        self.whole, self._loading, self._finishing = True, False, False
-        return Ack(self.applied, True)
-
-    def _gap(self, now: float) -> Nak | None:
-        missing, asked = self._naked
-        if missing == self.applied + 1 and now - asked < NAK_EVERY:
-            return None
-        self.gaps += 1
-        self._naked = (self.applied + 1, now)
-        return Nak(self.applied + 1)
-
-    def _diverged(self) -> Resync:
-        self.divergences += 1
-        self.whole = False
-        return Resync("the digests differ")
