@@ -10,19 +10,32 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from sapin.api.templates import ikev2
+from sapin.cluster.config import ClusterTable, Takeover
 from sapin.core.config import ConfigError, Fault, parse
 from sapin.core.model import Config, VirtualService
 from sapin.core.registry import Registry
 from sapin.core.schema import families
 
 REGISTRY = Registry()
+SECTIONS = {"cluster": ClusterTable}
 VALID = ikev2(["198.18.0.1", "2001:db8::1"], ["10.60.0.11", "10.60.0.12", "2001:db8::11", "2001:db8::12"])
+VALID += """
+[cluster]
+links = ["198.19.0.1"]
+takeover = "netlink"
+virtual_addresses = [
+    { address = "198.18.0.1/24", device = "front" },
+    { address = "2001:db8::1/64", device = "front" },
+    { address = "10.60.0.1/24", device = "back", side = "servers" },
+    { address = "2001:db8::9/64", device = "back", side = "servers" },
+]
+"""
 
 
 def outcome(text: str | bytes) -> Config | None:
     """The configuration, or ``None`` for a document with faults; both are looked at."""
     try:
-        config = parse(text, REGISTRY)
+        config = parse(text, REGISTRY, SECTIONS)
     except ConfigError as error:
         check_faults(error.faults)
         event("refused")
@@ -48,6 +61,7 @@ def check_promises(config: Config) -> None:
     assert len({service.endpoint for service in services}) == len(services)
     assert 1 <= config.node.max_pins <= 10_000_000
     assert config.node.state_dir.is_absolute()
+    check_cluster(config)
     for service in services:
         check_service(service)
         leader = config.service(service.group)
@@ -55,6 +69,22 @@ def check_promises(config: Config) -> None:
         assert (leader.scheduler, leader.persistence) == (service.scheduler, service.persistence)
         assert leader.pin_timeout == service.pin_timeout
         assert set(leader.real_servers) == set(service.real_servers)
+
+
+def check_cluster(config: Config) -> None:
+    cluster = config.sections.get("cluster")
+    if cluster is None:
+        return
+    virtual = {each.address for each in cluster.virtual_addresses}
+    assert len(virtual) == len(cluster.virtual_addresses)
+    assert cluster.links
+    assert virtual.isdisjoint(cluster.links)
+    assert 0.01 <= cluster.heartbeat <= 10
+    assert 2 <= cluster.missed <= 100
+    for service in config.virtual_services:
+        moved = service.address.is_unspecified or service.address in virtual
+        assert moved or cluster.takeover is not Takeover.NETLINK
+        assert {server.address.version for server in service.real_servers} <= cluster.floating.keys()
 
 
 def check_service(service: VirtualService) -> None:
@@ -139,6 +169,23 @@ SHAPES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "document": {
         "node": st.deferred(lambda: table("node")),
         "virtual_services": st.lists(st.deferred(lambda: table("service")), max_size=4),
+        "cluster": st.deferred(lambda: table("cluster")),
+    },
+    "cluster": {
+        "links": st.lists(addresses | scalars, max_size=3),
+        "port": ports,
+        "priority": st.integers(-1, 300),
+        "preempt": st.booleans(),
+        "heartbeat": durations,
+        "missed": st.integers(0, 101),
+        "sync_timeout": durations,
+        "takeover": st.sampled_from(["netlink", "keepalived", "none", "vrrp"]),
+        "virtual_addresses": st.lists(st.deferred(lambda: table("virtual address")), max_size=3),
+    },
+    "virtual address": {
+        "address": st.sampled_from([f"{address}/{bits}" for address in ADDRESSES for bits in (24, 64)]),
+        "device": st.sampled_from(["front", "eth0:1", "", "a" * 16]),
+        "side": st.sampled_from(["clients", "servers", "both"]),
     },
     "node": {
         "name": names,
