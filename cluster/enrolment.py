@@ -16,11 +16,11 @@ import json
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 import trio
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictBool, ValidationError
 from pydantic_core import from_json
 
 from sapin.cluster import certificates
@@ -60,7 +60,7 @@ class _Asked(Strict):
 class _Leaving(Strict):
     """What a member says that leaves."""
 
-    leave: Annotated[Literal[True], Field(strict=True)]
+    leave: StrictBool
 
 
 class _Given(Strict):
@@ -150,8 +150,8 @@ class _Door:
 
     async def _answer(self, line: bytes, stream: trio.SSLStream[trio.SocketStream]) -> dict[str, Any]:
         with suppress(ValidationError):
-            _Leaving.model_validate_json(line)
-            return self._leave(_peer_name(stream))
+            if _Leaving.model_validate_json(line).leave:
+                return self._leave(_peer_name(stream))
         try:
             return await self._join(_Asked.model_validate_json(line))
         except ValidationError:
@@ -367,6 +367,7 @@ def _reason(error: Exception | None) -> str:
     if isinstance(error, trio.TooSlowError):
         return f"nothing within {DEADLINE:g} s"
     if isinstance(error, OSError):
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        causes = getattr(error.__cause__, "exceptions", (error.__cause__,))  # trio names a group of attempts
+        cause = causes[0] if isinstance(causes[0], OSError) else error
         return cause.strerror or str(cause) or type(cause).__name__
     return "the connection ended"
