@@ -77,6 +77,7 @@ class Conduct:
         self._used = saved.floor
         """Epochs up to this one may have been used by this node."""
         self._stream = Stream(settings, replica, boot, self._send, self._effects)
+        self._stream.sink.whole = saved.whole or saved.active
         self._detector = Detector(settings.heartbeat, settings.missed, now)
         self._connected = self._greeted = False
         self._hello: wire.Hello | None = None
@@ -98,8 +99,8 @@ class Conduct:
         self._asked = now
         self._handing = False
         """Whether the peer, from which this node takes over, still sends its late changes."""
-        self._dirty = False
-        """Whether this node has made changes since it was a standby, so that its place in the peer's stream says nothing."""
+        self._base = 0
+        """Where the own stream was when this node took over."""
         self._draining: float | None = None
         self._stopping = self._here = self._noticed = False
         self._abstains_until = now
@@ -179,7 +180,6 @@ class Conduct:
 
     def _greet(self, now: float) -> None:
         sink, saved = self._stream.sink, self._saved
-        known = sink.whole if sink.seen else saved.whole or saved.active
         merit = 0 if now < self._abstains_until else rank(saved.epoch, saved.active, saved.whole)
         self._met = now
         self._said = Merit(merit, self.settings.priority, self.settings.node)
@@ -191,31 +191,31 @@ class Conduct:
                 self.boot,
                 self._count(),
                 self.epoch,
-                SAID[self.role.state],
+                self._word,
                 self.settings.priority,
                 merit,
                 sink.seen,
                 sink.applied,
-                known and not self._dirty,
+                sink.whole,
                 self._replica.digest(),
                 now + self.wall,
             )
         )
 
     def _on_hello(self, hello: wire.Hello, now: float) -> None:
-        if self._greeted:
-            return
         version = wire.agreed(self.settings.versions, hello)
         wrong = _wrong(self.settings, hello, version)
         if wrong or version is None:
             self.refused_messages[wrong] += 1
             self._close(f"the peer is refused: {wrong}", now)
             return
+        if self._greeted:
+            return
         self._version, self._greeted, self._hello = version, True, hello
         self._peer_boot, self._peer_priority = hello.boot, hello.priority
         self._peer_synced, self._heard_count = False, hello.beat
         self._skew = hello.clock - (now + self.wall)
-        self._stream.sink.connect(hello.boot)
+        self._stream.connect(hello.boot, now)
         self._observe(hello.epoch, hello.role, now)
         state = self.role.state
         if state in HOLDING and hello.role != "active":
@@ -285,11 +285,17 @@ class Conduct:
         self._peer_synced = message.synced
         self._skew = message.clock - (now + self.wall)
         self._observe(message.epoch, message.role, now)
+        self._note_whole()
         if message.seen == self.boot and (message.applied or message.whole):
             self._on_ack(wire.Ack(message.applied, message.whole), now)
 
     def _on_handover(self, message: wire.Handover, now: float) -> None:
-        able = self._stream.sink.whole and self.settings.moves and not self._stopping
+        able = (
+            not self._stream.sink.lost
+            and self._stream.sink.whole
+            and self.settings.moves
+            and not self._stopping
+        )
         if self.role.knows(Signal.ASKED) and able:
             self._cause = "step-down"
             self._signal(Signal.ASKED, now)
@@ -301,10 +307,11 @@ class Conduct:
 
     def _on_released(self, message: wire.Released, now: float) -> None:
         del message
+        if self.role.state in HOLDING and self._handing:
+            self._stream.source.go_on(self._base)
+            self._stream.source.mark(now)
         self._handing = False
         self._observe(self._peer_epoch, "standby", now)
-        if self.role.state in HOLDING and self._stream.source.state is not Sync.ABSENT:
-            self._stream.source.mark(now)
 
     def _on_request(self, message: wire.Request, now: float) -> None:
         del message
@@ -318,10 +325,10 @@ class Conduct:
             if not self._handing or not isinstance(message, wire.Delta | wire.Mark):
                 self.counts["stale"] += 1
                 return
-        elif state in LEAVING and self._peer_epoch <= self.epoch:
+        elif state in LEAVING or self._draining is not None:
             self.counts["stale"] += 1
             return
-        self._stream.received(message, not self._dirty, now)
+        self._stream.received(message, state in FOLLOWING, now)
         self._note_whole()
 
     def _on_ack(self, message: wire.Ack, now: float) -> None:
@@ -486,7 +493,7 @@ class Conduct:
         self._claimed_by = (now if self._cause != "silence" else self._detector.last_heard, synced)
         self.epoch = self._used = self._reserve()
         self._freed = self._handing = False
-        self._dirty = True
+        self._base = self._stream.source.sequence
         self._stream.sink.taken_over()
         self._effects.append(Activate())
 
@@ -498,7 +505,6 @@ class Conduct:
         self._save(epoch=self.epoch, active=True, whole=True)
         if handed:
             self._handing = True
-            self._stream.source.go_on(self._stream.source.sequence)
         elif self._connected and not elected:
             self._close("this node takes over", now)
 
@@ -561,11 +567,8 @@ class Conduct:
         source = self._stream.source
         clean = source.state is Sync.SYNCED and not source.lag
         self._draining = None
-        self._dirty = False
         self._stream.free()
         source.leave()
-        if not clean:
-            self._stream.sink.whole = False
         self._save(active=False, whole=clean)
         if self._connected:
             self._send(wire.Released(self.epoch))
@@ -601,7 +604,7 @@ class Conduct:
             return
         if sink.loading and (self._saved.whole or self._saved.active):
             self._save(whole=False, active=False)
-        elif sink.whole and self._peer_role == "active":
+        elif sink.whole and sink.seen and self._peer_synced and self._peer_role == "active":
             self._save(whole=True, active=False, epoch=self._peer_epoch)
 
     def _save(self, **fields: Any) -> None:
@@ -622,7 +625,7 @@ class Conduct:
             wire.Heartbeat(
                 self._count(),
                 self.epoch,
-                SAID[self.role.state],
+                self._word,
                 synced,
                 sink.seen,
                 sink.applied,
@@ -630,6 +633,11 @@ class Conduct:
                 now + self.wall,
             )
         )
+
+    @property
+    def _word(self) -> str:
+        """What this node is, to its peer."""
+        return "leaving" if self._draining is not None else SAID[self.role.state]
 
     def _count(self) -> int:
         self._said_count += 1
@@ -660,4 +668,6 @@ def _wrong(settings: Settings, hello: wire.Hello, version: int | None) -> str:
         return "it is of another cluster"
     if hello.node != settings.peer or not hello.boot:
         return "it is not the peer"
+    if hello.role not in SAID.values():
+        return "its role is unknown"
     return ""

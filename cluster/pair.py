@@ -111,6 +111,11 @@ class Pair(Conduct):
             due.append(self._changed + self.settings.grace)
         return min(due)
 
+    @property
+    def room(self) -> int:
+        """Bytes that may still be asked to be sent before the shell is writable again; 0 or less for none."""
+        return self._stream.room
+
     def status(self) -> Status:
         """The node as it is now."""
         source, sink = self._stream.source, self._stream.sink
@@ -201,6 +206,8 @@ class Pair(Conduct):
             self._vacant = now
             self._peer_epoch = max(self._peer_epoch, epoch)
         if state is State.SUSPECTING:
+            self._peer_synced = False  # it goes on without this node
+            self._save(whole=False)
             self._signal(Signal.ANSWERED, now)
         self._answer = (epoch, active)
         if active:

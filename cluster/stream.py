@@ -141,6 +141,11 @@ class Stream:
 
     # what the peer changes
 
+    def connect(self, boot: int, now: float) -> None:
+        """The peer's run of that boot is there."""
+        self.sink.connect(boot)
+        self._asked = now
+
     def received(self, message: Numbered | Join, compare: bool, now: float) -> None:
         """A message of the peer's stream."""
         answer = self.sink.received(message, compare, now)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from sapin.cluster.effects import (
+from sapin.cluster.pair import Pair
+from sapin.cluster.role import HOLDING, LEAVING
+from sapin.cluster.settings import (
     Acked,
     Activate,
     Claim,
@@ -15,14 +17,15 @@ from sapin.cluster.effects import (
     Persist,
     Probe,
     Release,
+    Saved,
     Send,
     Settings,
+    Stopped,
 )
-from sapin.cluster.pair import Pair
-from sapin.cluster.role import Saved, State
 from tests.unit.cluster.replicas import MappingReplica
 
 STEP = 0.001
+RECONNECT = 0.05
 
 
 @dataclass
@@ -34,7 +37,8 @@ class Node:
     couple: Couple
     priority: int = 100
     preempt: bool = False
-    decides: bool = True
+    moves: bool = True
+    versions: tuple[int, int] = (1, 2)
     saved: Saved = field(default_factory=Saved)
     replica: MappingReplica = field(default_factory=MappingReplica)
     alive: bool = False
@@ -43,13 +47,24 @@ class Node:
     boots: int = 0
     acked: int = 0
     probes: int = 0
+    persisted: int = 0
+    stopped: bool = False
+    held: bool = False
+    """The addresses come and go only when the test says so."""
     inbox: deque[bytes] = field(default_factory=deque)
     done: list[Effect] = field(default_factory=list)
 
     def boot(self) -> None:
         self.alive, self.boots = True, self.boots + 1
         settings = Settings(
-            "c", self.name, self.peer, self.priority, self.preempt, decides=self.decides, preempt_after=2.0
+            self.name,
+            self.peer,
+            "c",
+            self.priority,
+            self.preempt,
+            moves=self.moves,
+            settled=2.0,
+            versions=self.versions,
         )
         number = 1000 * self.boots + ord(self.name)
         self.pair = Pair(settings, self.replica, self.saved, number, self.couple.now)
@@ -71,29 +86,36 @@ class Node:
                 self._do(effect)
 
     def _do(self, effect: Effect) -> None:
-        now = self.couple.now
         match effect:
             case Send():
                 self.couple.send(self, effect.data)
-            case Claim():
-                self.address = True
-                self.pair.claimed(now)
-            case Release():
-                self.address = False
-                self.pair.released(now)
-            case Activate():
-                self.serving = True
-            case Deactivate():
-                self.serving = False
             case Persist():
                 self.saved = effect.saved
+                self.persisted += 1
             case Acked():
                 self.acked = effect.sequence
             case Probe():
                 self.probes += 1
                 self.couple.probe(self)
             case CloseLink():
-                self.couple.cut()
+                self.couple.close(self)
+            case _:
+                self._turn(effect)
+
+    def _turn(self, effect: Effect) -> None:
+        match effect:
+            case Claim() if not self.held:
+                self.address = True
+                self.pair.claimed(self.couple.now, len(self.replica.pins))
+            case Release():
+                self.address = False
+                self.pair.released(self.couple.now)
+            case Activate():
+                self.serving = True
+            case Deactivate():
+                self.serving = False
+            case Stopped():
+                self.stopped = True
 
 
 class Couple:
@@ -103,6 +125,7 @@ class Couple:
         self.now = 100.0
         self.link = False
         self.service = True
+        self.again: float | None = None
         self.a = Node("a", "b", self, **settings)  # type: ignore[arg-type]
         self.b = Node("b", "a", self, **settings)  # type: ignore[arg-type]
 
@@ -136,30 +159,42 @@ class Couple:
                     node.pair.disconnected(self.now)
                     node.carry_out()
 
+    def close(self, node: Node) -> None:
+        """A node has closed the link; a new connection comes a little later."""
+        self.cut()
+        self.again = self.now + RECONNECT
+
     def send(self, node: Node, data: bytes) -> None:
         if self.link:
             self.other(node).inbox.append(data)
 
     def probe(self, node: Node) -> None:
         if self.service and self.other(node).alive:
-            node.pair.answered(self.now)
+            other = self.other(node).pair
+            node.pair.answered(other.epoch, other.role.state in HOLDING, self.now)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
             self.now += STEP
+            if self.again is not None and self.now >= self.again:
+                self.again = None
+                self.join()
             for node in self.nodes:
                 if not node.alive:
                     continue
                 while node.inbox:
                     node.pair.received(node.inbox.popleft(), self.now)
                     node.carry_out()
+                if node.pair.room <= 0:
+                    node.pair.writable(self.now)
+                    node.carry_out()
                 if node.pair.deadline <= self.now:
                     node.pair.wake(self.now)
                     node.carry_out()
 
     def kill(self, node: Node, *, farewell: bool) -> None:
-        boot, epoch = node.pair.source.boot, node.pair.epoch
+        boot, epoch = node.pair.boot, node.pair.epoch
         node.die()
         self.cut()
         other = self.other(node)
@@ -170,7 +205,7 @@ class Couple:
     @property
     def active(self) -> Node:
         (node,) = [node for node in self.nodes if node.alive and node.address]
-        assert node.pair.state in (State.ACTIVE, State.LEAVING)
+        assert node.pair.role.state in HOLDING | LEAVING
         return node
 
     @property
