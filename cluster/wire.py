@@ -34,6 +34,8 @@ MAX_NAME = 255
 MAX_TEXT = 2**20
 """Characters of a configuration, as :data:`sapin.core.config.MAX_SIZE`."""
 _MAX_INTEGER = 2**64
+_MAX_IN_RECORD = 2**53
+"""Records have seconds, ports and counts, which are kept in columns of 64 bits with a sign."""
 
 
 class Revision(NamedTuple):
@@ -295,10 +297,12 @@ def _message(found: Any, version: int) -> Message:
     return message
 
 
-def _check_sizes(fields: Sequence[Any]) -> None:
+def _check_sizes(fields: Sequence[Any], end: int = _MAX_INTEGER) -> None:
     for field in fields:
-        if type(field) is int and not 0 <= field < _MAX_INTEGER:
+        if type(field) is int and not 0 <= field < end:
             raise _Bad("a number out of range")
+        if type(field) is bytes and len(field) > MAX_KEY_LENGTH:
+            raise _Bad("bytes are too long")
         if type(field) is str and len(field) > MAX_NAME:
             raise _Bad("a name is too long")
         if type(field) is float and not abs(field) < 1e12:
@@ -331,10 +335,7 @@ def _record(kind: int, row: Any) -> Record:
         _check_keys(row[1])
     elif record is Touched:
         _check_touched(row[1])
-    if record is Revision:
-        _check_sizes(row[:3])
-    else:
-        _check_sizes(row)
+    _check_sizes(row[:3] if record is Revision else row, _MAX_IN_RECORD)
     made: Record = tuple.__new__(record, row)
     return made
 
@@ -387,7 +388,7 @@ def _unpack_run(run: Any) -> Iterator[Record] | Sequence[Record]:
     if shape != (int, str, str, tuple, tuple) or run[0] != 1 or len(run[3]) != len(run[4]):
         raise _Bad("wrong shape of records")
     _, group, server, all_keys, all_since = run
-    _check_sizes((group, server, *all_since))
+    _check_sizes((group, server, *all_since), _MAX_IN_RECORD)
     if set(map(type, all_keys)) - {tuple} or set(map(type, all_since)) - {int}:
         raise _Bad("wrong fields of Put")
     for keys in all_keys:
