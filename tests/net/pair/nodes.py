@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,8 +89,8 @@ class SapinPair:
             for node in self.lab.nodes:
                 told[node.name] = await self.status(node)
             roles = sorted(each.get("role", "") for each in told.values())
-            states = {each.get("replication", {}).get("state") for each in told.values()}
-            return roles == ["active", "standby"] and states == {"in sync"}
+            synced = [each.get("replication", {}).get("in_sync", False) for each in told.values()]
+            return roles == ["active", "standby"] and all(synced)
 
         try:
             await until(whole, "one node is active, and the other in sync", 30)
@@ -100,7 +101,10 @@ class SapinPair:
     async def status(self, node: Node) -> dict[str, Any]:
         """What a node says of the pair; nothing while it does not answer."""
         done = await self._sapin(node, "cluster", "status", "--json")
-        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        try:
+            found: dict[str, Any] = json.loads(done.stdout)  # its exit status tells of alarms
+        except ValueError:
+            return {}
         return found
 
     async def pins(self, node: Node) -> Mapping[str, str]:
@@ -149,7 +153,14 @@ class SapinPair:
 
     async def _found_cluster(self) -> None:
         """As an operator: init on the first node, join on the second with the token that was shown."""
-        raise NotImplementedError
+        first, second = self.lab.nodes
+        told = await self.command(first, "cluster", "init", "--node", first.name, "--link", first.link)
+        (token,) = re.findall(r"^[\w-]{80,}$", told, re.MULTILINE)
+        place = self._states[second.name].parent / "token"
+        place.write_text(token)
+        await self.start(first)
+        join = ["cluster", "join", "--node", second.name, "--link", second.link, "--token", str(place)]
+        await self.command(second, *join)
 
 
 def _config(node: Node, state: Path) -> str:
