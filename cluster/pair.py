@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from sapin.cluster import wire
 from sapin.cluster.alarms import Alarm, Failover, Name
-from sapin.cluster.conduct import Conduct
+from sapin.cluster.dialogue import Dialogue
 from sapin.cluster.replication import Sync
 from sapin.cluster.role import (
     FOLLOWING,
@@ -77,7 +77,7 @@ class Status:
     """Messages that made no sense, by reason."""
 
 
-class Pair(Conduct):
+class Pair(Dialogue):
     """One node.
 
     Args:
