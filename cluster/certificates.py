@@ -162,12 +162,12 @@ def renew(folder: Folder, now: float, *, force: bool = False) -> Credentials | N
         CertificateError: the CA has ended, or a file is damaged.
         MembershipError: a file cannot be read or written.
     """
-    own = folder.credentials()
+    node, own = folder.membership().node, folder.credentials()
     if not force and now < renewal(own.certificate):
         return None
     if now >= expires(own.ca):
         raise CertificateError("the cluster's CA has ended: make the cluster anew with `sapin cluster init`")
-    node, key = folder.membership().node, new_key()
+    key = new_key()
     made = sign(request(node, key), node, own.ca, folder.read("ca.key"), now)
     folder.write("next.key", key)
     folder.write("node.crt", made)

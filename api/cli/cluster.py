@@ -20,7 +20,6 @@ from sapin.api.cli.common import (
     ExitCode,
     StateDir,
     ask,
-    end,
     fail,
     print_json,
     show,
@@ -113,7 +112,7 @@ def join(
         membership = trio.run(come, folder, _member(node, link, port), Token.decode(_token(given)), time.time)
     peer = membership.peer
     assert peer is not None
-    typer.echo(f"{node} and {peer.name} are a cluster. Next: start or restart `sapin run` on both nodes.")
+    typer.echo(f"{node} and {peer.name} are a cluster. Next: `sapin run` on both, with a [cluster] table.")
 
 
 @app.command(rich_help_panel=_SETUP)
@@ -166,7 +165,7 @@ def forget(
     with _faults():
         strike(_folder(state_dir, config), node)
     typer.echo(
-        f"{node} is no member any more. Restart `sapin run` here; `sapin cluster token` lets another node in."
+        f"{node} is no member any more, and is refused from now on; `sapin cluster token` lets another node in."
     )
 
 
@@ -175,15 +174,12 @@ def rotate_certificates(state_dir: StateDir = None, config: ConfigFile = None) -
     """Renew this node's certificate and key now; the daemon does it by itself after two thirds of a year."""
     from sapin.cluster import certificates
 
-    place = where(state_dir, config)
-    told = _call_if_it_runs(place, "cluster-rotate-certificates")
+    folder = _folder(state_dir, config)
     with _faults():
-        folder = _folder(state_dir, config)
-        if told is None:
-            certificates.renew(folder, time.time(), force=True)
-        until = time.strftime("%Y-%m-%d", time.localtime(certificates.expires(folder.read("node.crt"))))
-    note = " Restart `sapin run` to use it." if told is None and _runs(place) else ""
-    typer.echo(f"The new certificate is valid until {until}.{note}")
+        made = certificates.renew(folder, time.time(), force=True)
+        assert made is not None
+        until = time.strftime("%Y-%m-%d", time.localtime(certificates.expires(made.certificate)))
+    typer.echo(f"The new certificate is valid until {until}. A daemon that runs shows it from now on.")
 
 
 @app.command(rich_help_panel=_RUN)
@@ -234,7 +230,7 @@ def events(
         return
     from sapin.api.cli.pair import events as table
 
-    show(table(answer["events"], time.time()))
+    show(table(answer, time.time()))
 
 
 # what the commands share
@@ -325,7 +321,7 @@ def _wait(folder: Folder) -> None:
         fail(f"the port after the link's cannot be listened on: {group.exceptions[0]}; does the daemon run?")
     if name is None:
         fail("nobody came before the token ended; make another with `sapin cluster token`")
-    typer.echo(f"{name} has joined. Next: start or restart `sapin run` on both nodes.", err=True)
+    typer.echo(f"{name} has joined. Next: `sapin run` on both, with a [cluster] table.", err=True)
 
 
 def _runs(place: Path) -> bool:
@@ -335,13 +331,3 @@ def _runs(place: Path) -> bool:
     except client.ControlError as error:
         return error.kind not in ("down", "denied")
     return True
-
-
-def _call_if_it_runs(place: Path, name: str) -> Any:
-    """The daemon's answer, or None where no daemon runs or it does not know the operation."""
-    try:
-        return client.call(place, name)
-    except client.ControlError as error:
-        if error.kind in ("down", "unknown"):
-            return None
-        end(error)

@@ -19,8 +19,8 @@ _STYLES = {"active": "green", "standby": "cyan", "in sync": "green", "in-sync": 
 def status(answer: Answer, now: float) -> RenderableType:
     """Roles, replication, the last failover, addresses, alarms."""
     if not answer["enabled"]:
-        return Text("This node has no peer: there is no [cluster] in its configuration, or it joined none.")
-    parts: list[RenderableType] = [*_alarms(answer["alarms"], now), _nodes(answer, now), ""]
+        return Text(f"This node is not one of a pair: {answer.get('why', 'it belongs to no cluster')}")
+    parts: list[RenderableType] = [*_alarms(answer["alarms"], now), _nodes(answer), ""]
     parts += [_replication(answer["replication"]), _failover(answer["last_failover"], now), ""]
     parts.append(_addresses(answer["virtual_addresses"]))
     refused = {cause: count for cause, count in answer["refused"].items() if count}
@@ -40,7 +40,7 @@ def _alarms(alarms: Iterable[Answer], now: float) -> Iterator[RenderableType]:
         yield ""
 
 
-def _nodes(answer: Answer, now: float) -> RenderableType:
+def _nodes(answer: Answer) -> RenderableType:
     peer = answer["peer"]
     made = table("Node", "Role", "State", "Epoch", "Link", "Heard", right=("Epoch",))
     made.add_row(
@@ -51,7 +51,7 @@ def _nodes(answer: Answer, now: float) -> RenderableType:
         "",
         "",
     )
-    if peer is not None:
+    if peer["name"]:
         heard = peer["last_heard"]
         made.add_row(
             peer["name"],
@@ -59,17 +59,20 @@ def _nodes(answer: Answer, now: float) -> RenderableType:
             Text("connected") if peer["connected"] else Text("not connected", "red"),
             "",
             peer["link"] or "-",
-            "never" if heard is None else f"{duration(now - heard)} ago",
+            "never" if heard is None else _ago(heard),
         )
     return made
 
 
+def _ago(seconds: float) -> str:
+    return f"{milliseconds(seconds)} ago" if seconds < 1 else f"{duration(seconds)} ago"
+
+
 def _replication(row: Answer) -> Text:
-    digest = row["digest"]
     text = Text.assemble("Replication: ", (row["state"], _STYLES.get(row["state"], "yellow")))
     text.append(f", sequence {row['sequence']:,}, acked {row['acked']:,}, lag {row['lag']:,}")
     text.append(f", ack p50 {milliseconds(row['ack_p50'])}")
-    text.append(f", digest {digest:016x}" if isinstance(digest, int) else f", digest {digest or '-'}")
+    text.append(f", digest {row['digest']}")
     counts = {name: row[name] for name in ("resyncs", "divergences", "desyncs") if row[name]}
     if counts:
         text.append("; " + ", ".join(f"{name} {count:,}" for name, count in counts.items()), "yellow")
@@ -78,9 +81,11 @@ def _replication(row: Answer) -> Text:
 
 def _failover(row: Answer | None, now: float) -> Text:
     if row is None:
-        return Text("Last failover: none since this node started")
+        return Text("Last failover: this node has taken nothing over since it started")
     took = milliseconds(row["duration"])
     text = f"Last failover: {row['cause']} at {clock_time(row['at'], now)}, took {took}"
+    if not row.get("in_sync", True):
+        text += ", without being in sync"
     if row["pins"]:
         part = row["answered"] / row["pins"]
         text += f"; {row['answered']:,} of {row['pins']:,} pins answered again ({part:.1%})"
@@ -103,7 +108,6 @@ def events(rows: Iterable[Answer], now: float) -> RenderableType:
     """What happened, one event a row."""
     made = table("Time", "Event", "")
     for row in rows:
-        fields = {key: value for key, value in row.items() if key not in ("at", "time", "name")}
-        more = " ".join(f"{key}={value}" for key, value in fields.items())
-        made.add_row(clock_time(row.get("at", row.get("time", now)), now), row["name"], more)
+        more = " ".join(f"{key}={value}" for key, value in row["fields"].items())
+        made.add_row(clock_time(row["at"], now), row["name"], more)
     return made

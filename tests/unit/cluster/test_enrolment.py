@@ -107,7 +107,8 @@ async def test_a_token_is_used_once(first: First) -> None:
 
 
 async def test_of_two_that_come_at_once_one_gets_in(first: First) -> None:
-    token, came = first.token(), []
+    token = first.token()
+    came: list[Folder | str] = []
 
     async def come(name: str, link: str) -> None:
         try:
