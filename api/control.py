@@ -24,7 +24,7 @@ import trio
 from pydantic import BaseModel, ValidationError, validate_call
 
 from sapin.api.client import DEADLINE, ControlError, call, socket_path
-from sapin.api.operations import Refused
+from sapin.api.refused import Refused
 from sapin.core.writer import UnknownObject
 
 __all__ = ["ControlError", "call", "serve", "socket_path"]

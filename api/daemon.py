@@ -12,7 +12,12 @@ import trio
 
 from sapin.api import control
 from sapin.api.files import read_config
-from sapin.api.operations import Operations, Refused
+from sapin.api.operations import Operations
+from sapin.api.refused import Refused
+from sapin.api.reloading import SECTIONS, use
+from sapin.cluster.config import Cluster
+from sapin.cluster.node import Node
+from sapin.cluster.takeover import guard
 from sapin.core.config import parse
 from sapin.core.dataplane.limits import raise_descriptor_limit
 from sapin.core.dataplane.listeners import ListenError
@@ -39,7 +44,7 @@ def load(path: Path, registry: Registry) -> Config:
         ConfigError: it has faults.
     """
     try:
-        return parse(read_config(path), registry)
+        return parse(read_config(path), registry, SECTIONS)
     except OSError as error:
         raise StartError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -58,22 +63,33 @@ def run(path: Path) -> None:
         log.warning("two packages have a plugin of this name", used=conflict)
     descriptors = raise_descriptor_limit()
     try:
-        dataplane = Dataplane(config, registry, descriptors)
-    except (StoreError, ListenError, PluginError, ValueError) as error:
+        cluster: Cluster | None = config.sections.get("cluster")
+        dataplane = Dataplane(config, registry, descriptors, floating=cluster.floating if cluster else None)
+        pair = _make_node(cluster, dataplane, registry, path) if cluster else None
+    except (StoreError, ListenError, PluginError, OSError, ValueError) as error:
         raise StartError(str(error)) from None
-    trio.run(_main, dataplane, Operations(dataplane, registry, path))
+    trio.run(_main, dataplane, Operations(dataplane, registry, path, pair), pair)
 
 
-async def _main(dataplane: Dataplane, operations: Operations) -> None:
+def _make_node(cluster: Cluster, dataplane: Dataplane, registry: Registry, path: Path) -> Node:
+    text = read_config(path).decode()
+    return Node(cluster, dataplane, path, text, lambda new: use(new, dataplane, registry), guard)
+
+
+async def _main(dataplane: Dataplane, operations: Operations, pair: Node | None) -> None:
     node = dataplane.snapshot.config.node
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(dataplane.run)
             nursery.start_soon(_keep_control, node.state_dir, operations)
+            if pair is not None:
+                nursery.start_soon(pair.run)
             log.info("forwarding", node=node.name, services=len(dataplane.snapshot.services))
             async for number in signals:
                 if number != signal.SIGHUP:
                     log.info("stopping", signal=signal.Signals(number).name)
+                    if pair is not None:
+                        await pair.leave()
                     nursery.cancel_scope.cancel()
                     break
                 _reload(operations)

@@ -17,19 +17,19 @@ from typing import Any
 
 import trio
 
-from sapin.api.files import read_config
+from sapin.api.cluster_operations import ClusterOperations
 from sapin.api.keys import client_of, parse_key, show_key
+from sapin.api.refused import Refused
+from sapin.api.reloading import ReloadError, reload
+from sapin.cluster.node import Node
 from sapin.core import balancer, ike
 from sapin.core.affinity import Pin
-from sapin.core.changes import diff
-from sapin.core.config import ConfigError, parse
 from sapin.core.contracts import KINDS, Client, Datagram, Key
 from sapin.core.dataplane.batch import peer_address
 from sapin.core.dataplane.flows import Counters, Flow
-from sapin.core.dataplane.listeners import ListenError
 from sapin.core.dataplane.runtime import Dataplane
 from sapin.core.model import AdminState, VirtualService
-from sapin.core.registry import Hosted, PluginError, Registry
+from sapin.core.registry import Hosted, Registry
 from sapin.core.snapshot import Group, Member, Pool, ServiceView
 from sapin.core.writer import UnknownObject, plugins_of
 
@@ -43,21 +43,21 @@ MAX_STEPS = 1000
 Row = dict[str, Any]
 
 
-class Refused(Exception):
-    """The operation was understood and cannot be done; the text is one sentence for the operator."""
-
-
 class Operations:
     """The operations of one node.
 
     Args:
         config_path: the file that ``reload`` reads.
+        node: this node's part of a pair, if there is one.
     """
 
-    def __init__(self, dataplane: Dataplane, registry: Registry, config_path: Path) -> None:
+    def __init__(
+        self, dataplane: Dataplane, registry: Registry, config_path: Path, node: Node | None = None
+    ) -> None:
         self._dataplane = dataplane
         self._registry = registry
         self._path = config_path
+        self._node = node
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """The operations by the names that the control socket knows them by."""
@@ -69,6 +69,7 @@ class Operations:
             "set-state": self.set_state,
             "reload": self.reload,
             "plugins": self.plugins,
+            **ClusterOperations(self._node).table(),
         }
 
     # seeing
@@ -382,23 +383,9 @@ class Operations:
             Refused: it cannot be read, has faults, or cannot be brought into force; nothing has changed.
         """
         try:
-            config = parse(read_config(self._path), self._registry)
-        except OSError as error:
-            raise Refused(f"{self._path} cannot be read: {error.strerror}") from None
-        except ConfigError as error:
-            raise Refused(f"{self._path} has faults, nothing was changed:\n{error}") from None
-        old = self._dataplane.snapshot.config
-        if config.node.state_dir != old.node.state_dir:
-            raise Refused(
-                "node.state_dir cannot be changed by a reload: restart the daemon, nothing was changed"
-            )
-        try:
-            self._dataplane.reload(config)
-        except (ListenError, PluginError) as error:
-            raise Refused(f"nothing was changed: {error}") from None
-        except OSError as error:
-            raise Refused(f"it is in force, but admin states could not be saved: {error}") from None
-        return {"changes": list(diff(old, config).lines())}
+            return reload(self._path, self._dataplane, self._registry, self._node)
+        except ReloadError as error:
+            raise Refused(str(error)) from None
 
     def _groups(self, service: str | None) -> Iterator[Group]:
         snapshot = self._dataplane.snapshot

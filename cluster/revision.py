@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from typing import Any, Final, NamedTuple
@@ -59,8 +58,7 @@ class Verdict(Enum):
     KEEP = "this node's is newer"
 
 
-@dataclass(frozen=True, slots=True)
-class Agreed:
+class Agreed(NamedTuple):
     """The last revision that this node took from its peer or gave to it, as its disk has it."""
 
     epoch: int = 0
@@ -94,7 +92,7 @@ def judge(agreed: Agreed, shared: str, theirs: Revision) -> Verdict:
         return Verdict.SAME
     if (theirs.epoch, theirs.number) < (agreed.epoch, agreed.number):
         return Verdict.KEEP
-    edited = bool(agreed.digest) and ours != agreed.digest
+    edited = bool(shared.strip()) and ours != agreed.digest
     return Verdict.CONFLICT if edited else Verdict.TAKE
 
 
@@ -127,14 +125,15 @@ def join(local: str, shared: str) -> str:
     Raises:
         SplitError: either is no TOML, or they do not fit together.
     """
-    own = _load(split(local).own)
-    pieces, theirs = _divide(split(local).own)[0], _divide(shared)
-    if theirs[0]:
+    own = split(local).own
+    mine, theirs = _divide(own)[0], _divide(shared)
+    if _headed(theirs[0]):
         raise SplitError("the shared part has [node] or [cluster], which belong to one node")
-    root = [piece for piece in theirs[1] if not piece.headed]
-    joined = _text([*_leading(pieces), *root, *_headed(pieces), *_headed(theirs[1])])
-    found = _load(joined)
-    if found != {**own, **_load(shared)} or split(joined).shared != _text(theirs[1]):
+    # Keys come before every table; comments alone belong to the table after them, and stay before that.
+    keys, comments = _leading(theirs[1]), _leading(theirs[0])
+    rest = [*comments, *_headed(theirs[1])]
+    joined = _text([*_leading(mine), *keys, *_headed(mine), *rest])
+    if _load(joined) != {**_load(own), **_load(shared)} or split(joined).shared != _text([*keys, *rest]):
         raise SplitError("the shared part does not fit into this node's file")
     return joined
 

@@ -13,7 +13,8 @@ import trio
 from structlog.testing import capture_logs
 
 from sapin.api import daemon as daemon_module
-from sapin.api.operations import Operations, Refused
+from sapin.api.operations import Operations
+from sapin.api.refused import Refused
 from sapin.core.dataplane.listeners import ListenError
 from sapin.core.dataplane.runtime import Dataplane
 from sapin.core.model import AdminState, Health

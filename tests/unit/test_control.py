@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapin.api import client, control
-from sapin.api.operations import Refused
+from sapin.api.refused import Refused
 from sapin.core.writer import UnknownObject
 
 

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapin.api.keys import client_of, parse_key, show_key
-from sapin.api.operations import PAGE, STEP, Operations, Refused
+from sapin.api.operations import PAGE, STEP, Operations
+from sapin.api.refused import Refused
 from sapin.core.config import parse
 from sapin.core.dataplane.runtime import Dataplane
 from sapin.core.registry import Registry
