@@ -89,6 +89,10 @@ def weight(records: Sequence[Record]) -> int:
     return total
 
 
+def _server(record: Record) -> str:
+    return record.server if type(record) is Put else ""
+
+
 class Source:
     """The stream of this node's changes.
 
@@ -270,6 +274,8 @@ class Source:
                 self._number(End(self.sequence + 1), 50)
                 self._goal = self.sequence
                 return True
+            # Pins of a walk are distinct, so their order is free; those of one server together are quick to apply.
+            chunk = sorted(chunk, key=_server)
             for at in range(0, len(chunk), MAX_RECORDS):
                 part = chunk[at : at + MAX_RECORDS]
                 self._number(Delta(self.sequence + 1, part), weight(part))
