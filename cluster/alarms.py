@@ -76,6 +76,8 @@ class Alarms:
             condition.holds, condition.since = holds, now
         if holds:
             condition.text = text
+            if condition.alarm is not None:
+                condition.alarm = condition.alarm._replace(text=text)
 
     def changes(self, now: float) -> Iterator[Change]:
         """What is raised or cleared by now."""

@@ -99,6 +99,8 @@ class Conduct:
         self._cause = "start"
         self._claimed_by: tuple[float, bool] = (now, False)
         self._rival_at: float | None = None
+        self._was_synced = False
+        """Whether this node was in sync before its last transition."""
         self._skew = 0.0
         self._said_count = self._heard_count = 0
         self._next_beat = now
@@ -118,13 +120,13 @@ class Conduct:
         if self.role.state in HOLDING:
             return self._stream.source.state is Sync.SYNCED
         if self.role.state is State.STARTING:
-            return self._saved.whole or self._saved.active
+            return self._saved.whole or self._saved.active or self._saved == Saved()
         return self._stream.sink.whole and self._peer_synced
 
     # what the role asks for
 
     def _signal(self, signal: Signal, now: float) -> None:
-        before = self.role.state
+        before, self._was_synced = self.role.state, self.in_sync
         acts = self.role.signal(signal)
         if self.role.state is not before:
             self._changed = now
@@ -140,7 +142,7 @@ class Conduct:
         return epoch
 
     def _take(self, now: float) -> None:
-        synced = self.in_sync
+        synced = self._was_synced
         certain = self._cause in ("start", "election")
         if (not synced and not certain) or (not synced and self._saved.epoch and not self._greeted):
             text = (

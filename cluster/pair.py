@@ -37,15 +37,6 @@ from sapin.cluster.settings import (
 )
 from sapin.cluster.stream import ROOM
 
-MAX_SKEW = 2.0
-"""Seconds that the wall clocks of two nodes may differ."""
-HUNG = 0.75
-"""Seconds of silence after which a connection is made anew, at least."""
-PATIENCE = 10
-"""So many times longer waits a node that does not have everything."""
-DRAIN = 1.0
-"""Seconds that the peer has to acknowledge the last changes of a node that steps down."""
-
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -70,7 +61,7 @@ class Status:
     ack_p50: float | None
     digest: int
     counts: Mapping[str, int]
-    """snapshots, resumed, desyncs, overflows, divergences, gaps, repeated, two_actives, pauses, failovers."""
+    """snapshots, resumed, desyncs, overflows, divergences, gaps, repeated, two_actives, pauses, takeovers, stale; missing is none."""
     last_failover: Failover | None
     alarms: tuple[Alarm, ...]
     refused: Mapping[str, int]
