@@ -93,6 +93,8 @@ async def test_what_waited_for_a_connection_that_ended_does_not_go_to_the_next()
         assert len(seen) - 1 < sent, "nothing was left waiting, so this test shows nothing"
         while not isinstance(await next_of(left), Connected):
             pass
+        with trio.fail_after(1):
+            await left.writable()
         assert left.send(b"new")
         assert await next_of(right) == b"new"
 
@@ -108,6 +110,25 @@ async def test_a_reader_that_was_paused_finds_out_that_the_connection_ended() ->
         with trio.fail_after(8):
             while not isinstance(await next_of(right), Connected):
                 pass
+
+
+async def test_a_connection_over_which_nothing_comes_is_made_anew() -> None:
+    """A peer that hangs keeps its connection up: the kernel answers for it."""
+    authority = Authority.new()
+    a, b = members()
+    left, right = Link(a, b, authority.issue("lb-a"), 0.3), Link(b, a, authority.issue("lb-b"), 30.0)
+    async with running(left, right):
+        assert isinstance(await next_of(left), Connected)
+        for number in range(8):  # alive for as long as it says something
+            await trio.sleep(0.1)
+            await next_of(right) if right.link is None else None
+            await put(right, b"%d" % number)
+            assert await next_of(left) == b"%d" % number
+        began = trio.current_time()
+        assert isinstance(await next_of(left), Disconnected)
+        assert trio.current_time() - began < 2.0
+        assert isinstance(await next_of(left), Connected)
+        assert left.refused["silent"] >= 1
 
 
 async def test_waiting_to_send_does_not_spin_where_nobody_is() -> None:
