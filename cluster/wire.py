@@ -13,7 +13,8 @@ node knows (:func:`agreed`). They differ in how records are packed:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby, repeat
 from typing import Any, Final, NamedTuple, get_origin, get_type_hints
 
 import msgpack  # type: ignore[import-untyped]
@@ -388,12 +389,29 @@ def _unpack_run(run: Any) -> Iterator[Record] | Sequence[Record]:
     if shape != (int, str, str, tuple, tuple) or run[0] != 1 or len(run[3]) != len(run[4]):
         raise _Bad("wrong shape of records")
     _, group, server, all_keys, all_since = run
-    _check_sizes((group, server, *all_since), _MAX_IN_RECORD)
+    _check_sizes((group, server))
+    _check_columns(all_keys, all_since)
+    # What Put._make does for each, without counting the fields again.
+    return list(map(partial(tuple.__new__, Put), zip(repeat(group), all_keys, repeat(server), all_since)))
+
+
+def _check_columns(all_keys: tuple[Any, ...], all_since: tuple[Any, ...]) -> None:
+    """As for one pin after another, but a million of them in half the time."""
     if set(map(type, all_keys)) - {tuple} or set(map(type, all_since)) - {int}:
         raise _Bad("wrong fields of Put")
-    for keys in all_keys:
-        _check_keys(keys)
-    return [Put(group, keys, server, since) for keys, since in zip(all_keys, all_since, strict=True)]
+    if not all_keys:
+        return
+    if min(all_since) < 0 or max(all_since) >= _MAX_IN_RECORD:
+        raise _Bad("a number out of range")
+    counts = set(map(len, all_keys))
+    keys = tuple(chain.from_iterable(all_keys))
+    if 0 in counts or max(counts) > MAX_KEYS:
+        raise _Bad("too many keys, or none")
+    if (
+        set(map(type, keys)) != {bytes}
+        or not 0 < min(map(len, keys)) <= max(map(len, keys)) <= MAX_KEY_LENGTH
+    ):
+        raise _Bad("an impossible key")
 
 
 def _plain(hint: Any) -> type:
