@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format lint types imports packaging bench bench-state failover constraints clean
+.PHONY: help run test check format lint types imports packaging bench bench-state failover sim constraints clean
 
 help:
 	@echo 'make run      a demonstration on loopback: no root, ends by itself after about a minute'
@@ -14,6 +14,7 @@ help:
 	@echo 'make check    format, lint, types, imports, packaging'
 	@echo 'make bench    Sapin beside direct, nginx and pen; results under build/'
 	@echo 'make failover a pair between real tunnels, 20 rounds of each failure, beside keepalived: an hour, root'
+	@echo 'make sim      a pair under faults and virtual time, by 2,000 seeds; SEED=… N=… for others, N=1 tells one'
 	@echo 'make bench-state  a million pins in memory and on disk: bytes, time, the longest step'
 
 run: $(VENV)/run.stamp
@@ -52,6 +53,10 @@ bench-state: $(VENV)/bench.stamp
 failover: $(VENV)/bench.stamp
 	@deploy/install-apt.sh deploy/apt-packages.txt
 	$(BIN)/python -m tests.net.pair.measure $(FAILOVER)
+
+# SEED: the first one, by chance if it is not given; N: how many.
+sim: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.sim.pair $(if $(SEED),--seed $(SEED)) $(if $(N),--count $(N))
 
 # The versions of a fresh environment, to be committed after `make check test` passed with them.
 constraints:

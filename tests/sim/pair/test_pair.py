@@ -1,0 +1,23 @@
+"""The pair under faults of every kind, by thousands of seeds; ``make sim`` runs as many as you like."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.pair.world import run
+
+SEEDS = range(1_000)
+
+
+@pytest.mark.slow
+def test_whatever_happens_no_acknowledged_pin_is_lost_and_the_pair_comes_together_again() -> None:
+    results = [run(seed) for seed in SEEDS]
+
+    failed = [f"make sim SEED={each.seed} N=1: {each.failure}" for each in results if each.failure]
+    assert not failed, "\n".join(failed[:10])
+    assert sum(each.takeovers for each in results) > 2 * len(results)
+    assert sum(each.acknowledged for each in results) > 50 * len(results)
+
+
+def test_a_seed_decides_everything() -> None:
+    assert run(7) == run(7)
