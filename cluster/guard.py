@@ -76,6 +76,8 @@ class Guard:
         self._netlink = Addresses()
         self._announcer = Announcer()
         self._holding = False
+        self._disowned = False
+        """Another guard has the addresses now; they are not removed here."""
         self._here: bool | None = None
         self._epoch = setup.holding
         self._fed = monotonic()
@@ -174,6 +176,10 @@ class Guard:
                 self._tell(b"r")
             case b"P":
                 self._ask()
+            case b"D":
+                self._holding = False
+                self._disowned = True
+                self._again.clear()
 
     def _tell(self, packet: bytes) -> None:
         with suppress(OSError):
@@ -212,6 +218,8 @@ class Guard:
 
     def _let_go(self) -> None:
         """The daemon is gone, or as good as gone."""
+        if self._disowned:
+            return
         held = self._holding
         self._release()
         if held:

@@ -57,6 +57,10 @@ class Guard(Protocol):
         """Remove the addresses; answered by :class:`Released`."""
         ...
 
+    def disown(self) -> int:
+        """End without a word and leave the addresses to another guard; the epoch they are held in, 0 if they are not here."""
+        ...
+
     def probe(self) -> None:
         """Ask the peer, at all of its addresses and at the virtual ones, whether it is alive."""
         ...

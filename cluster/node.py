@@ -51,8 +51,9 @@ LEAVE = 3.0
 
 log = structlog.get_logger("sapin.cluster")
 
-GuardFactory = Callable[[Cluster, Membership, bytes, int], AbstractAsyncContextManager[Guard]]
-"""Makes a guard that is there for as long as it is entered: of the table, the members, the shared secret, and the boot."""
+GuardFactory = Callable[[Cluster, Membership, bytes, int, int], AbstractAsyncContextManager[Guard]]
+"""Makes a guard that is there for as long as it is entered: of the table, the members, the shared secret, the boot, and
+the epoch in which the addresses are here already, or 0."""
 
 
 @dataclass(slots=True)
@@ -101,6 +102,9 @@ class Node:
         self._survival: Survival | None = None
         self._survived_at = 0.0
         self._membership: Membership | None = None
+        self._holding = 0
+        """The epoch in which the addresses are here though no session runs, 0 if they are not."""
+        self._addresses = _addresses(cluster)
         self._again = trio.Event()
         """Something has changed that the pair has to begin anew for."""
 
@@ -130,6 +134,7 @@ class Node:
     async def _take_part(self) -> None:
         """One go, until the membership or the configuration changes."""
         self._again = trio.Event()
+        self._addresses = _addresses(self._cluster)
         if not self.folder.is_member():
             await self._wait_for_membership()
             return
@@ -137,13 +142,16 @@ class Node:
         self._membership = membership = self.folder.membership()
         certificates.renew(self.folder, time.time())
         boot = secrets.randbits(63) | 1
+        holding, self._holding = self._holding, 0
         keeper = Keeper(self.folder)
         self._dataplane.deactivate()
         async with AsyncExitStack() as stack:
             guard = await stack.enter_async_context(
-                self._guards(self._cluster, membership, self.folder.secret(), boot)
+                self._guards(self._cluster, membership, self.folder.secret(), boot, holding)
             )
             session = self._make_session(membership, guard, keeper, boot)
+            if holding:
+                session.inherit()
             stack.callback(keeper.flush)
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(keeper.run)
@@ -155,6 +163,7 @@ class Node:
             self.session = session
             stack.callback(self._forget_session)
             await self._again.wait()
+            self._holding = guard.disown() if self._addresses == _addresses(self._cluster) else 0
             log.info("the pair begins anew: its members or its settings have changed")
             nursery.cancel_scope.cancel()
 
@@ -447,6 +456,11 @@ class Node:
         """What has happened lately, the newest last."""
         found = list(self._events)[-limit:]
         return [{"at": each.at, "name": each.name, "fields": dict(each.fields)} for each in found]
+
+
+def _addresses(cluster: Cluster) -> tuple[object, ...]:
+    """What a guard has to know to have the same addresses as the one before."""
+    return cluster.takeover, cluster.virtual_addresses
 
 
 def _date(seconds: float) -> str:

@@ -20,6 +20,7 @@ from sapin.cluster.guarding import Guard
 from sapin.cluster.keeper import Keeper
 from sapin.cluster.link import Connected, Disconnected, Link, LinkError
 from sapin.cluster.pair import Pair
+from sapin.cluster.role import State
 from sapin.cluster.settings import (
     Acked,
     Activate,
@@ -93,7 +94,7 @@ class Session:
         self._event = event
         self._clock = clock
         self._pending: deque[Effect] = deque()
-        self._working = self._blocked = self._taken = False
+        self._working = self._blocked = self._taken = self._inherits = False
         self._durable = trio.Event()
         self._awaited: int | None = None
         self._outbox: deque[bytes] = deque()
@@ -126,6 +127,16 @@ class Session:
             if self.link is not None:
                 self.link.close()
 
+    def inherit(self) -> None:
+        """The addresses are here since before this session: they stay, unless somebody else is found to be active."""
+        self.here = self._inherits = True
+
+    def _settle(self) -> None:
+        if self._inherits and self.pair.role.state is not State.STARTING:
+            self._inherits = False
+            if not self.pair.active:
+                self._guard.release()
+
     def tell(self, told: Callable[[float], object]) -> None:
         """Give the pair an input, and carry out what it answers."""
         began = now = self._clock()
@@ -137,6 +148,7 @@ class Session:
             if self.link is not None:
                 self.link.close_pipe()
         self._carry_out()
+        self._settle()
         self.slowest = max(self.slowest, self._clock() - began)
 
     def _changed(self, records: Sequence[Record]) -> int:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, deque
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Self
@@ -47,7 +48,7 @@ class ProcessGuard:
         self._process: subprocess.Popen[bytes] | None = None
         self._told: deque[Told] = deque(maxlen=WAITING)
         self._something = trio.Event()
-        self._holding = 0
+        self._holding = setup.holding
         self._stack = AsyncExitStack()
         self.restarts = 0
         """How often the guard was gone."""
@@ -83,6 +84,13 @@ class ProcessGuard:
         """Remove the addresses."""
         self._holding = 0
         self._say(b"R")
+
+    def disown(self) -> int:
+        """End without a word and leave the addresses where they are, for another guard; the epoch they are held in, or 0."""
+        holding, self._holding = self._holding, 0
+        if holding:
+            self._say(b"D")
+        return holding
 
     def probe(self) -> None:
         """Ask the peer wherever it may be whether it is alive."""
@@ -127,10 +135,10 @@ class ProcessGuard:
             ours.setblocking(False)
             self._socket = ours
             # Not through its arguments or environment, which others can see.
-            ours.send(json.dumps(self._setup._replace(holding=self._holding)).encode())
+            ours.send(json.dumps(self._setup._replace(holding=self._holding)._asdict()).encode())
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "sapin.cluster.guard"],
-                stdin=its,
+                stdin=its.fileno(),
                 start_new_session=True,  # a Ctrl-C is for the daemon, which tells the guard
             )
 
@@ -162,30 +170,14 @@ class ProcessGuard:
             self._hear(packet)
 
     def _hear(self, packet: bytes) -> None:
-        numbers = [int.from_bytes(packet[at : at + 8], "big") for at in (1, 9)]
-        told: Told | None = None
-        match packet[:1]:
-            case b"c":
-                told = Claimed()
-            case b"r":
-                told = Released()
-            case b"a":
-                told = Answered(numbers[0], bool(packet[9]))
-            case b"x":
-                told = Refused()
-            case b"f":
-                told = Farewell(*numbers)
-            case b"g":
-                told = Gained()
-            case b"l":
-                self._holding = 0
-                told = Lost()
-            case b"s":
-                self.strange = numbers[0]
-            case b"e":
-                self._complain(packet[1:].decode(errors="replace"))
-        if told is not None:
-            self._told.append(told)
+        kind, rest = packet[:1], packet[1:]
+        if kind == b"s":
+            self.strange = int.from_bytes(rest, "big")
+        elif kind == b"e":
+            self._complain(rest.decode(errors="replace"))
+        else:
+            self._holding = 0 if kind == b"l" else self._holding
+            self._told.append(_meaning(kind, rest))
             self._something.set()
 
     def _complain(self, text: str) -> None:
@@ -193,6 +185,27 @@ class ProcessGuard:
             log.error("the guard", says=text)
         if len(self.faults) < WAITING:
             self.faults[text] += 1
+
+
+def _meaning(kind: bytes, rest: bytes) -> Told:
+    """What a packet of the guard says."""
+    numbers = (int.from_bytes(rest[:8], "big"), int.from_bytes(rest[8:16], "big"))
+    match kind:
+        case b"a":
+            return Answered(numbers[0], bool(rest[8]))
+        case b"f":
+            return Farewell(*numbers)
+        case _:
+            return _PLAIN[kind]
+
+
+_PLAIN: Mapping[bytes, Told] = {
+    b"c": Claimed(),
+    b"r": Released(),
+    b"x": Refused(),
+    b"g": Gained(),
+    b"l": Lost(),
+}
 
 
 def addresses(cluster: Cluster) -> list[Address]:
@@ -203,7 +216,9 @@ def addresses(cluster: Cluster) -> list[Address]:
     ]
 
 
-def guard(cluster: Cluster, membership: Membership, secret: bytes, boot: int) -> ProcessGuard:
+def guard(
+    cluster: Cluster, membership: Membership, secret: bytes, boot: int, holding: int = 0
+) -> ProcessGuard:
     """A guard for a node of a pair.
 
     Args:
@@ -211,6 +226,7 @@ def guard(cluster: Cluster, membership: Membership, secret: bytes, boot: int) ->
         membership: who the node and its peer are.
         secret: what beacons are made and recognised by.
         boot: names this run of the daemon.
+        holding: the epoch in which the node has the addresses already; 0 if it does not.
     """
     own, peer = membership.own, membership.peer
     return ProcessGuard(
@@ -225,7 +241,7 @@ def guard(cluster: Cluster, membership: Membership, secret: bytes, boot: int) ->
             peer_links=[str(link) for link in peer.links] if peer else [],
             addresses=[list(each) for each in addresses(cluster)],
             moves=cluster.takeover is Takeover.NETLINK,
-            holding=0,
+            holding=holding,
         )
     )
 

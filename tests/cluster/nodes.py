@@ -39,9 +39,9 @@ class ServiceNetwork:
 class PretendedGuard:
     """Does at once what it is asked for."""
 
-    def __init__(self, network: ServiceNetwork, name: str, peer: str, boot: int) -> None:
+    def __init__(self, network: ServiceNetwork, name: str, peer: str, boot: int, holding: int) -> None:
         self.network, self.name, self.peer, self.boot = network, name, peer, boot
-        self.here = False
+        self.here = bool(holding)
         self.epoch = self.fed = 0
         self._send, self._receive = trio.open_memory_channel[Told](1_000)
 
@@ -71,6 +71,9 @@ class PretendedGuard:
     def release(self) -> None:
         self.here = False
         self._send.send_nowait(guarding.Released())
+
+    def disown(self) -> int:
+        return self.epoch if self.here else 0
 
     def probe(self) -> None:
         other = self.network.guards.get(self.peer)
@@ -123,10 +126,12 @@ class Half:
     def _use(self, text: str) -> None:
         self.used.append(text)
 
-    def _guard(self, _: Cluster, membership: Membership, secret: bytes, boot: int) -> PretendedGuard:
+    def _guard(
+        self, _: Cluster, membership: Membership, secret: bytes, boot: int, holding: int
+    ) -> PretendedGuard:
         assert len(secret) == 32
         peer = membership.peer.name if membership.peer else ""
-        return PretendedGuard(self._couple.network, membership.node, peer, boot)
+        return PretendedGuard(self._couple.network, membership.node, peer, boot, holding)
 
     @property
     def status(self) -> dict[str, Any]:
