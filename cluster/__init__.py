@@ -1,5 +1,5 @@
-"""The high-availability pair: roles, replication and takeover attach here.
+"""The high-availability pair: who is active, what the standby has, and how it takes over.
 
-Nothing is replicated yet. What a peer will need is already published by ``core``: the change feed of
-:mod:`sapin.core.affinity` and the flow records of :mod:`sapin.core.journal`.
+The pure half decides: :mod:`~sapin.cluster.pair` with the role, the streams, the watch over the peer and the alarms. The
+other half does: the link, the guard that holds the virtual addresses, the disk, joined by :mod:`~sapin.cluster.node`.
 """

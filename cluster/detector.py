@@ -20,6 +20,8 @@ PROBES = 3
 """Probes that must have had the time to be answered."""
 SLOWER = 4
 """Heartbeats between two probes of a peer that answers them."""
+MAX_PAUSES = 4
+"""How often in a row a node may take the peer's silence for its own deafness."""
 
 
 class Verdict(Enum):
@@ -50,7 +52,7 @@ class Detector:
         self._missed = missed
         self._closed = True
         self._answered: float | None = None
-        self._probes = 0
+        self._probes = self._pauses = 0
         self._refused = False
         self._next_probe = now
 
@@ -59,6 +61,7 @@ class Detector:
         self.last_heard = now
         self.since = self.gone_since = self._answered = None
         self._closed = False
+        self._pauses = 0
 
     def closed(self, now: float) -> None:
         """The pipe closed."""
@@ -83,6 +86,9 @@ class Detector:
 
     def afresh(self, now: float) -> None:
         """This node was asleep until now."""
+        if self._pauses >= MAX_PAUSES:
+            return
+        self._pauses += 1
         self.last_heard = now
         if self.since is not None:
             self._suspect(now)

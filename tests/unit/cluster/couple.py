@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from random import Random
 
 from sapin.cluster.pair import Pair
 from sapin.cluster.role import HOLDING, LEAVING
@@ -49,6 +50,9 @@ class Node:
     probes: int = 0
     persisted: int = 0
     stopped: bool = False
+    busy: float = 0.0
+    """Seconds that it does not run for at most, again and again."""
+    runs_at: float = 0.0
     held: bool = False
     """The addresses come and go only when the test says so."""
     inbox: deque[bytes] = field(default_factory=deque)
@@ -125,6 +129,7 @@ class Couple:
         self.now = 100.0
         self.link = False
         self.service = True
+        self.chance = Random(1)
         self.again: float | None = None
         self.a = Node("a", "b", self, **settings)  # type: ignore[arg-type]
         self.b = Node("b", "a", self, **settings)  # type: ignore[arg-type]
@@ -181,8 +186,9 @@ class Couple:
                 self.again = None
                 self.join()
             for node in self.nodes:
-                if not node.alive:
+                if not node.alive or self.now < node.runs_at:
                     continue
+                node.runs_at = self.now + self.chance.random() * node.busy
                 while node.inbox:
                     node.pair.received(node.inbox.popleft(), self.now)
                     node.carry_out()

@@ -274,3 +274,30 @@ def test_a_busy_standby_that_acknowledges_late_costs_synchrony_for_a_moment_only
     assert couple.a.pair._stream.source.state is Sync.SYNCED
     assert couple.active is couple.a
     assert not couple.b.address
+
+
+@pytest.mark.parametrize("busy", [0.02, 0.06, 0.2])
+@pytest.mark.parametrize("who", ["a", "b", "ab"])
+def test_nodes_that_are_busy_make_no_failover(busy: float, who: str) -> None:
+    """Their guards answer probes meanwhile."""
+    couple = running()
+    for name in who:
+        getattr(couple, name).busy = busy
+    couple.run(30)
+    assert couple.active is couple.a
+    assert couple.b.pair.counts["takeovers"] == 0
+    couple.a.busy = couple.b.busy = 0.0
+    couple.run(2)
+    assert couple.a.pair.in_sync
+    couple.kill(couple.a, farewell=False)
+    couple.run(0.2)
+    assert couple.active is couple.b
+
+
+def test_a_node_that_is_late_all_the_time_still_takes_over() -> None:
+    couple = running()
+    couple.b.busy = 0.2
+    couple.run(1)
+    couple.kill(couple.a, farewell=False)
+    couple.run(4)
+    assert couple.active is couple.b
