@@ -41,11 +41,12 @@ from sapin.core.pins import (
     Page,
     Pin,
     Put,
+    Puts,
     Removed,
     checked,
     merged,
 )
-from sapin.core.slots import Keys, M, Owners
+from sapin.core.slots import Keys, M, Owners, unpack
 from sapin.core.wheel import TimerWheel, column
 
 __all__ = [
@@ -174,6 +175,24 @@ class AffinityTable(Generic[M]):
         late = (slot for slot in range(max(start, 1), end) if self._due[slot] > due_after)
         pins = tuple(pin for slot in late if (pin := self._pin(slot)) is not None)
         return Page(pins, end if end <= self._top else None)
+
+    def puts(self, start: int = 0, limit: int = 250) -> Puts:
+        """The pins in ``limit`` slots from ``start``, which is 0 or a part's ``next``.
+
+        The table may change between parts: a pin that is there all the time is in exactly one of them.
+        """
+        first, end = max(start, 1), min(start + limit, self._top + 1)
+        members, packed, found = self._members, self._keys.packed, list[Put]()
+        columns = zip(
+            self._owner[first:end], self._keys.counts[first:end], self._since[first:end], strict=True
+        )
+        for slot, (ring, count, since) in enumerate(columns, first):
+            member = members[ring]
+            if member is not None:
+                data = packed[slot >> 12][slot]
+                keys = (data,) if count == 1 else tuple(unpack(data))
+                found.append(Put(self.group, keys, member.name, since))
+        return Puts(found, end if end <= self._top else None)
 
     def counts(self) -> Mapping[str, int]:
         """How many pins each server has; one without is left out."""

@@ -92,6 +92,14 @@ class Page(NamedTuple):
     """Where the next page starts; ``None`` after the last."""
 
 
+class Puts(NamedTuple):
+    """A part of a walk over a table."""
+
+    puts: list[Put]
+    next: int | None
+    """Where the next part starts; ``None`` after the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class AffinityStats:
     """Figures of a table; all but the first three only ever grow."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import Generic, NamedTuple
+from itertools import chain, groupby
+from typing import Generic, cast
 from zlib import crc32
 
 from sapin.core.affinity import AffinityTable
 from sapin.core.contracts import Key
 from sapin.core.pins import MAX_KEY_LENGTH, Cause, Change, Cleared, Feed, Put, Removed, checked
-from sapin.core.slots import Keys, M, unpack
+from sapin.core.slots import Keys, M, pack
 from sapin.core.wheel import column
 
 LOOKS = 32
@@ -39,6 +39,11 @@ def mix(data: bytes) -> int:
     """A number for the bytes, the same on every node; a sum of such numbers is a digest of a set."""
     checksum = crc32(data) + 1
     return checksum * (checksum ^ _SPICE)  # not linear, or changes could cancel out in a sum of checksums
+
+
+def mixed(keys: Iterable[bytes]) -> int:
+    """The sum of :func:`mix` of each."""
+    return sum([(checksum := crc32(key) + 1) * (checksum ^ _SPICE) for key in keys])
 
 
 class DigestedKeys(Keys):
@@ -55,21 +60,13 @@ class DigestedKeys(Keys):
     def add(self, slot: int, keys: tuple[Key, ...]) -> None:
         """As :meth:`Keys.add`; the slot has its owner already."""
         super().add(slot, keys)
-        self.sums[self._owner[slot]] += sum(map(mix, keys))
+        self.sums[self._owner[slot]] += mixed(keys)
 
     def remove(self, slot: int) -> tuple[Key, ...]:
         """As :meth:`Keys.remove`; the slot still has its owner."""
         keys = super().remove(slot)
-        self.sums[self._owner[slot]] -= sum(map(mix, keys))
+        self.sums[self._owner[slot]] -= mixed(keys)
         return keys
-
-
-class Puts(NamedTuple):
-    """A part of a walk over a table."""
-
-    puts: list[Put]
-    next: int | None
-    """Where the next part starts; ``None`` after the last."""
 
 
 class ReplicatedTable(AffinityTable[M]):
@@ -101,24 +98,6 @@ class ReplicatedTable(AffinityTable[M]):
         """64 bits of which keys are pinned to which server."""
         owners = self._owners.names.items()
         return sum(self._sums[ring] * (2 * mix(name.encode()) + 1) for name, ring in owners) & _MASK
-
-    def puts(self, start: int = 0, limit: int = 250) -> Puts:
-        """The pins in ``limit`` slots from ``start``, which is 0 or a part's ``next``.
-
-        The table may change between parts: a pin that is there all the time is in exactly one of them.
-        """
-        first, end = max(start, 1), min(start + limit, self._top + 1)
-        members, packed, found = self._members, self._keys.packed, []
-        columns = zip(
-            self._owner[first:end], self._keys.counts[first:end], self._since[first:end], strict=True
-        )
-        for slot, (ring, count, since) in enumerate(columns, first):
-            member = members[ring]
-            if member is not None:
-                data = packed[slot >> 12][slot]
-                keys = (data,) if count == 1 else tuple(unpack(data))
-                found.append(Put(self.group, keys, member.name, since))
-        return Puts(found, end if end <= self._top else None)
 
     def touched(self, start: int, limit: int, due_after: int) -> tuple[list[Key], int | None]:
         """The primary keys of those of ``limit`` slots whose pins are due after that, and where to go on.
@@ -171,7 +150,7 @@ class ReplicatedTable(AffinityTable[M]):
         for (kind, server), run in groupby(changes, _kind_and_server):
             member = members.get(server)
             if kind is Put and member is not None:
-                self._put_all(run, member, now, made)
+                self._put_all(cast("Iterable[Put]", run), member, now, made)
             else:
                 made.extend(change for change in run if self._undo(change))
         return made
@@ -186,34 +165,30 @@ class ReplicatedTable(AffinityTable[M]):
         self._detach(change.keys)
         return held
 
-    def _put_all(self, puts: Iterable[Change], member: M, now: int, made: list[Change]) -> None:
+    def _put_all(self, puts: Iterable[Put], member: M, now: int, made: list[Change]) -> None:
         """Puts to one server. Pins that are new get slots in a row, which are filed in one step."""
-        run = _Run(self._top + 1, member, now + self.timeout)
-        shards, packed, counts = self._keys.shards, self._keys.packed, self._keys.counts
+        run = _Run(self._top + 1, self._limit, member, now + self.timeout)
+        shards, room = self._keys.shards, run.room
         try:
             for put in puts:
-                assert type(put) is Put
-                keys = put.keys
-                if len(keys) == 1 and 0 < len(keys[0]) <= MAX_KEY_LENGTH and run.next <= self._limit:
+                _, keys, _, since = put
+                if len(keys) == 1 and 0 < len(keys[0]) <= MAX_KEY_LENGTH and len(run.packed) < room:
                     # What happens a million times in a row, so without a call for each step.
                     (key,) = keys
-                    shard = shards[hash(key) >> 50 & 255]
-                    slot = run.next
-                    if shard.setdefault(key, slot) == slot:
-                        packed[slot >> 12][slot] = key
-                        counts[slot] = 1
-                        run.since.append(put.since)
-                        run.keys.append(key)
-                        run.next = slot + 1
+                    slot = run.first + len(run.packed)
+                    if shards[hash(key) >> 50 & 255].setdefault(key, slot) == slot:
+                        run.packed.append(key)
+                        run.since.append(since)
                         made.append(put)
                         continue
-                if self._stands(keys, put.since, run):
+                if self._stands(keys, since, run):
                     continue
                 made.append(put)
-                if not self._lengthen(run, keys, put.since):
+                if not self._lengthen(run, keys, since):
                     self._file(run)
-                    self._replace(checked(keys), member, put.since, run.due)
-                    run = _Run(self._top + 1, member, run.due)
+                    self._replace(checked(keys), member, since, run.due)
+                    run = _Run(self._top + 1, self._limit, member, run.due)
+                    room = run.room
         finally:
             self._file(run)
 
@@ -227,27 +202,36 @@ class ReplicatedTable(AffinityTable[M]):
 
     def _lengthen(self, run: _Run[M], keys: tuple[Key, ...], since: int) -> bool:
         """Adds a pin to the run, if it is new and there is a slot for it."""
-        if run.next > self._limit or any(map(self._keys.slot, keys)):
+        position = len(run.packed)
+        if position >= run.room or any(map(self._keys.slot, keys)):
             return False
         keys = checked(keys)
-        Keys.add(self._keys, run.next, keys)
+        for key in keys:
+            self._keys.shards[hash(key) >> 50 & 255][key] = run.first + position
         run.since.append(since)
-        run.keys += keys
-        run.next += 1
+        if len(keys) == 1:
+            run.packed.append(keys[0])
+        else:
+            run.packed.append(pack(keys))
+            run.several[position] = keys
         return True
 
     def _file(self, run: _Run[M]) -> None:
         """Makes the pins of a run, whose keys have their slots already."""
-        first, end = run.first, run.next
-        count = end - first
+        first, count = run.first, len(run.packed)
         if not count:
             return
+        end = first + count
         self._owners.give_run(first, count, run.member)
         self._wheel.file_run(first, count, run.due)
         self._due[first:end] = array("I", [run.due]) * count
         self._seen[first:end] = array("I", [self._epoch]) * count
         self._since[first:end] = run.since
-        self._sums[self._owner[first]] += sum(map(mix, run.keys))
+        self._keys.counts[first:end] = run.counts()
+        for low in range(first & ~4095, end, 4096):
+            part = range(max(first, low), min(end, low + 4096))
+            self._keys.packed[low >> 12].update(zip(part, run.packed[part.start - first :], strict=False))
+        self._sums[self._owner[first]] += mixed(run.keys())
         self._inserted += count
         self._top = end - 1
 
@@ -271,28 +255,43 @@ class ReplicatedTable(AffinityTable[M]):
         ring = self._owner[slot]
         former = super()._move(slot, member, since)
         if former is not None:
-            total = sum(map(mix, self._keys.of(slot)))
+            total = mixed(self._keys.of(slot))
             self._sums[ring] -= total
             self._sums[self._owner[slot]] += total
         return former
 
 
 class _Run(Generic[M]):
-    """New pins of one server whose slots follow each other."""
+    """New pins of one server whose slots follow each other; their keys have these slots already, and no more."""
 
-    __slots__ = ("due", "first", "keys", "member", "next", "since")
+    __slots__ = ("due", "first", "member", "packed", "room", "several", "since")
 
-    def __init__(self, first: int, member: M, due: int) -> None:
+    def __init__(self, first: int, limit: int, member: M, due: int) -> None:
         self.first = first
         """The first slot."""
-        self.next = first
-        """The one after the last."""
+        self.room = limit + 1 - first
+        """How many pins it may have."""
         self.member = member
         self.due = due
         self.since = array("q")
-        """Of each pin."""
-        self.keys: list[Key] = []
-        """Of all of them."""
+        self.packed: list[bytes] = []
+        """The keys of each pin, as :class:`~sapin.core.slots.Keys` has them."""
+        self.several: dict[int, tuple[Key, ...]] = {}
+        """The keys of those that have more than one, by their place in the run."""
+
+    def counts(self) -> memoryview[int]:
+        """How many keys each has."""
+        found = array("B", [1]) * len(self.packed)
+        for place, keys in self.several.items():
+            found[place] = len(keys)
+        return memoryview(found)
+
+    def keys(self) -> list[Key]:
+        """All keys of all."""
+        if not self.several:
+            return self.packed
+        single = [key for place, key in enumerate(self.packed) if place not in self.several]
+        return [*single, *chain.from_iterable(self.several.values())]
 
 
 def _kind_and_server(change: Change) -> tuple[type, str]:

@@ -218,13 +218,14 @@ class FlowTable:
         if opened is None:
             return None
         flow = Flow(listener, peer, member, key, *opened, endpoint, now)
+        opening = record(flow, *client, self._source(listener))
         try:
-            self._add(flow, hold=True)
+            self._add(flow, opening, hold=True)
         except OSError:
             self._ports[endpoint].give(flow.port)
             self.refusals["no-epoll-watch"] += 1
             return None
-        self._journal(record(flow, *client, self._source(listener)))
+        self._journal(opening)
         return flow
 
     def restore(
@@ -250,7 +251,7 @@ class FlowTable:
         flow.confirmed = True
         flow.opened = record.opened
         try:
-            self._add(flow)
+            self._add(flow, record)
         except OSError:
             return None
         if endpoint in self._ports:
@@ -374,7 +375,7 @@ class FlowTable:
                 self.refusals["no-epoll-watch"] += 1
                 self.close(flow)
 
-    def _add(self, flow: Flow, *, hold: bool = False) -> None:
+    def _add(self, flow: Flow, record: FlowOpened, *, hold: bool = False) -> None:
         try:
             if hold and self._outlet and self._outlet.hold(flow):
                 flow.held = 1
@@ -384,7 +385,7 @@ class FlowTable:
             flow.sock.close()
             raise
         if self._outlet:
-            flow.digest = digest(self.record(flow))
+            flow.digest = digest(record)
             self.digest += flow.digest
             self._upstreams.add((flow.endpoint, flow.port))
         self.by_fd[flow.fd] = flow

@@ -7,7 +7,7 @@ says, and calls `activate` and `deactivate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import trio
 
@@ -73,6 +73,11 @@ class Pairing:
         self.reopener.deactivate()
         self._prober.pause()
         self.outlet.close()
+
+    def faults(self) -> Mapping[str, int]:
+        """What went wrong since the start."""
+        strange = {f"records of the peer: {reason}": n for reason, n in self.replica.strange.items()}
+        return strange | {"answers that nobody released": self.outlet.overdue}
 
     async def keep_touching(self) -> None:
         """Tell the peer now and then which clients were heard of, in so small parts that nothing else waits."""

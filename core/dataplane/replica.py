@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby, islice
+from math import inf
 from typing import Any, cast
 
 from sapin.core.dataplane.batch import peer_of
@@ -39,6 +40,8 @@ CHUNK, FLOWS = 250, 100
 """Pins or flows in one chunk of a walk: some 0.3 ms to make, and 1 ms to apply."""
 LOOKS, CLOSES = 2_000, 24
 """Pins that one step of :meth:`Replica.finish` looks at, or flows that it closes: less than 0.5 ms."""
+PATIENCE = 5.0
+"""Seconds after a part of a snapshot until it counts as broken off."""
 GRACE = 90
 """Seconds that a pin outlives its timeout on a standby: touches are told about every minute."""
 _PINS = (Put, Removed, Cleared)
@@ -72,9 +75,18 @@ class Replica:
         self._store = store
         self._saved = saved
         self._clock = clock
+        self._heard = -inf
+        """When a part of a snapshot was last applied."""
         self._mark = 0
+        self._snapshot = False
+        """One has begun, and was not finished yet."""
         self._rest: Iterator[bool] = iter(())
         """What is left to do of finishing a snapshot, step by step."""
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a snapshot is coming in: not the time for a checkpoint, which would have to be written again."""
+        return self._clock() - self._heard < PATIENCE
 
     def digest(self) -> int:
         """64 bits of all pins and flows, in no order: the same on two nodes that have the same ones."""
@@ -124,6 +136,8 @@ class Replica:
     def apply(self, records: Sequence[Replicated]) -> None:
         """Make the peer's changes, in their order. They are journaled, and not told to the peer again."""
         was_open, self._outlet.open = self._outlet.open, False
+        if self._snapshot:
+            self._heard = self._clock()
         try:
             for (name, are_pins), run in groupby(records, _group_and_kind):
                 if are_pins:
@@ -141,11 +155,14 @@ class Replica:
         for group in self._writer.snapshot.groups.values():
             _table(group).begin()
         self._rest = self._finishing()
+        self._snapshot = True
 
     def finish(self) -> bool:
         """One step of at most 0.5 ms of removing what was not put since :meth:`begin`; true when done."""
         done = not next(self._rest, False)
         self._store.flush()
+        if done:
+            self._snapshot, self._heard = False, -inf
         return done
 
     def _apply_pins(self, name: str, changes: list[Change]) -> None:

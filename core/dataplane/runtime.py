@@ -19,7 +19,7 @@ from random import Random
 import structlog
 import trio
 
-from sapin.core.affinity import AffinityTable, Cause, Change, Pin, Put, Removed
+from sapin.core.affinity import AffinityTable, Cause, Change, Pin, Removed
 from sapin.core.contracts import Key
 from sapin.core.dataplane.binding import Binder
 from sapin.core.dataplane.flows import Counters
@@ -420,7 +420,10 @@ class Dataplane:
             if now - noted >= TICK:
                 noted = now
                 self.store.append(Tick(int(self._wall())))
-            await self.store.maintain(self._live, int(self._wall()))
+            if self.pairing and self.pairing.replica.receiving:
+                await self.store.sync()
+            else:
+                await self.store.maintain(self._live, int(self._wall()))
             if now - reported >= REPORT:
                 reported = now
                 self._report()
@@ -451,9 +454,8 @@ class Dataplane:
         for group in self.snapshot.groups.values():
             start: int | None = 0
             while start is not None:
-                page = group.table.pins(start, PAGE)
-                yield [Put(group.name, p.keys, p.server, p.since) for p in page.pins]
-                start = page.next
+                puts, start = group.table.puts(start, PAGE)
+                yield puts
         flows, by_fd = list(self.forwarder.flows), self.forwarder.flows.by_fd
         for at in range(0, len(flows), PAGE):
             part = flows[at : at + PAGE]
@@ -469,6 +471,8 @@ class Dataplane:
         for group in self.snapshot.groups.values():
             for hosted in plugins_of(group):
                 wrong[f"faults of {hosted.kind} {hosted.name} in {group.name}"] += hosted.faults.total
+        if self.pairing:
+            wrong.update(self.pairing.faults())
         news = {what: n - self._reported[what] for what, n in wrong.items() if n > self._reported[what]}
         self._reported = wrong
         if news:

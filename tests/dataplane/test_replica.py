@@ -8,8 +8,10 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import pytest
+import trio
 
 from sapin.core.dataplane import reopening
+from sapin.core.dataplane import replica as replicas
 from sapin.core.dataplane.runtime import Dataplane
 from sapin.core.journal import FlowClosed, FlowOpened, Replicated, ServerAdmin, ServerHealth, Touched
 from sapin.core.model import AdminState, Health
@@ -184,6 +186,26 @@ async def test_what_a_snapshot_removes_is_gone_after_a_restart_too(farm: Farm) -
         assert [pin[0] for pin in pins(standby)] == [(b"src:2",)]
         assert [flow.port for flow in standby.forwarder.flows] == [17_002]
         assert replica(standby).digest() == before
+
+
+async def test_no_checkpoint_is_written_while_a_snapshot_comes_in(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be most of the work, and have to be written again; but a peer that goes away must not put it off for ever."""
+    async with running(plane_of(document(farm, 1), 1)) as standby:
+        monkeypatch.setattr(standby.store, "_checkpoint_at", 0)
+        replica(standby).begin()
+        replica(standby).apply([Put(IKE, (b"src:1",), "gw1", 5)])
+        assert replica(standby).receiving
+        await trio.sleep(1.2)
+        assert standby.store.statistics.checkpoints == 0
+        clock = standby.clock
+        monkeypatch.setattr(replica(standby), "_clock", lambda: clock() + replicas.PATIENCE)
+        await eventually(lambda: standby.store.statistics.checkpoints > 0)
+        while not replica(standby).finish():
+            pass
+        assert not replica(standby).receiving
+        assert not pins(standby) - {((b"src:1",), "gw1", 5)}
 
 
 # flows that cannot be opened
