@@ -116,7 +116,8 @@ class Stream:
             self.free()
 
     def repeat(self, now: float) -> None:
-        """Send again what has not been acknowledged for long."""
+        """Send again what has not been acknowledged for long; compare digests when nothing changes, too."""
+        self.source.tick(now)
         if self.source.state is Sync.ABSENT or not self.source.lag:
             self._progress = now
         elif now - self._progress >= self._patience:
