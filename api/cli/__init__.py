@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sapin.api.cli import cluster, files, node, pins, plugins, server
+from sapin.api.cli import addresses, files, node, pins, plugins, server
 from sapin.api.cli.common import HELP_OPTIONS
 
 __all__ = ["app", "main"]
@@ -36,7 +36,7 @@ app.command(rich_help_panel=_NODE)(node.explain)
 app.add_typer(pins.app, rich_help_panel=_NODE)
 app.add_typer(server.app, rich_help_panel=_NODE)
 app.command(rich_help_panel=_NODE)(node.reload)
-app.add_typer(cluster.app, rich_help_panel="The pair")
+app.add_typer(addresses.app, rich_help_panel="The pair")
 app.add_typer(plugins.app, rich_help_panel="More")
 app.command(rich_help_panel="More")(files.demo)
 
