@@ -52,7 +52,7 @@ class Replica:
     """The pins, flows and states of a node, as its peer's stream shows and changes them.
 
     Args:
-        saved: called after admin states have changed, to keep them.
+        saved: called after admin states have changed, to keep them; may raise OSError.
         clock: seconds, never going back.
     """
 
@@ -78,6 +78,7 @@ class Replica:
         self._heard = -inf
         """When a part of a snapshot was last applied."""
         self._mark = 0
+        self._unsaved = False
         self._snapshot = False
         """One has begun, and was not finished yet."""
         self._rest: Iterator[bool] = iter(())
@@ -148,6 +149,8 @@ class Replica:
         finally:
             self._outlet.open = was_open
         self._store.flush()
+        if self._unsaved:
+            self._save()
 
     def begin(self) -> None:
         """A snapshot begins: what is not put from now on goes at :meth:`finish`."""
@@ -164,6 +167,14 @@ class Replica:
         if done:
             self._snapshot, self._heard = False, -inf
         return done
+
+    def _save(self) -> None:
+        """Keep the admin states, once for all that changed; they are in force even where that fails."""
+        self._unsaved = False
+        try:
+            self._saved()
+        except OSError as error:
+            self.strange[f"admin states not saved: {error.strerror}"] += 1
 
     def _apply_pins(self, name: str, changes: list[Change]) -> None:
         group = self._writer.snapshot.groups.get(name)
@@ -255,7 +266,7 @@ class Replica:
             self.strange["unknown server" if member is None else "unknown state"] += 1
         elif member.admin != record.state:
             self._writer.set_admin(record.group, record.server, AdminState(record.state))
-            self._saved()
+            self._unsaved = True
 
     def _finishing(self) -> Iterator[bool]:
         """Yields after each step."""

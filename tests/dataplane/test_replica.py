@@ -115,6 +115,23 @@ async def test_health_and_admin_states_follow(farm: Farm) -> None:
         assert member(restarted, "gw2").admin is AdminState.DRAINING
 
 
+async def test_admin_states_are_saved_once_for_all_and_hold_even_where_that_fails(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise OSError(28, "No space left on device")
+
+    async with running(plane_of(document(farm, 1), 1)) as standby:
+        monkeypatch.setattr(replica(standby), "_saved", fail)
+        replica(standby).apply([ServerAdmin(IKE, name, "draining") for name in ("gw1", "gw2", "gw3")])
+        assert {each.admin for each in standby.snapshot.groups[IKE].members.values()} == {AdminState.DRAINING}
+        assert calls == [1]
+        assert replica(standby).strange == {"admin states not saved: No space left on device": 1}
+
+
 async def test_a_server_that_fails_loses_its_clients_on_both(farm: Farm) -> None:
     async with twins(farm) as (active, standby, _):
         home, _ = await farm.route(farm.client(), ike_message(os.urandom(8)))
