@@ -73,10 +73,12 @@ def _lines(cluster: Cluster, node: str, identity: str, command: str, options: st
     if others:
         yield "    # Of the other address family: they move together with those above."
         yield from _addresses("virtual_ipaddress_excluded", others)
+    tracked = dict.fromkeys(a.device for a in cluster.virtual_addresses if a.device != first.device)
+    if tracked:
+        yield "    track_interface {"
+        yield from (f"        {device}" for device in tracked)
+        yield "    }"
     yield from (
-        "    track_interface {",
-        *(f"        {device}" for device in dict.fromkeys(a.device for a in cluster.virtual_addresses)),
-        "    }",
         "    track_script {",
         "        sapin",
         "    }",

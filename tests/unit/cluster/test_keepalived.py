@@ -17,7 +17,7 @@ CLUSTER = Cluster(
     (
         VirtualAddress(ip_interface("198.18.0.1/24"), "front"),
         VirtualAddress(ip_interface("2001:db8:18::1/64"), "front"),
-        VirtualAddress(ip_interface("10.60.0.1/24"), "front", Side.SERVERS),
+        VirtualAddress(ip_interface("10.60.0.1/24"), "back", Side.SERVERS),
     ),
     priority=150,
     takeover=Takeover.KEEPALIVED,
@@ -34,7 +34,7 @@ def made(cluster: Cluster = CLUSTER) -> str:
 def test_keepalived_accepts_it(cluster: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "keepalived.conf"
     path.write_text(made(cluster))
-    test = "ip link add front type veth peer name other && exec keepalived --config-test --use-file " + str(
+    test = "ip link add front type veth peer name back && exec keepalived --config-test --use-file " + str(
         path
     )
     argv = ["unshare", "--net", "sh", "-c", f"PATH=$PATH:/usr/sbin:/sbin; {test}"]
@@ -51,7 +51,7 @@ def test_it_says_what_the_pair_says() -> None:
     assert '"/usr/bin/true cluster notify active --state-dir /s"' in text
     both, excluded = text.split("virtual_ipaddress_excluded")
     assert "198.18.0.1/24 dev front" in both
-    assert "10.60.0.1/24 dev front" in both
+    assert "10.60.0.1/24 dev back" in both
     assert "2001:db8:18::1/64 dev front" in excluded
 
 
