@@ -99,6 +99,8 @@ class Judgement(Conduct):
         """From when on this node may take over, and why."""
         patience = PATIENCE if not self.in_sync else 0
         if self._freed:
+            # Nobody is active any more. To wait is of use only to a node that has half of a snapshot.
+            patience = 0 if self._stream.sink.whole else patience
             return self._free_since + patience * self._silence, self._free_cause
         if self._connected:
             return None if verdict is not Verdict.GONE else self._from_gone(patience)

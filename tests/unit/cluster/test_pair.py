@@ -131,6 +131,18 @@ def test_an_active_node_that_dies_after_the_link_was_cut_is_replaced_by_one_that
     assert Name.UNSYNCED_TAKEOVER in names(couple)
 
 
+def test_a_farewell_after_the_link_was_cut_is_followed_by_a_takeover_at_once() -> None:
+    couple = running()
+    couple.cut()
+    couple.run(0.3)
+    assert couple.b.pair.role.state is State.CUT
+    couple.kill(couple.a, farewell=True)
+    couple.run(0.03)
+    assert couple.active is couple.b
+    assert couple.b.pair.last_failover is not None
+    assert not couple.b.pair.last_failover.synced
+
+
 def test_a_split_of_every_network_ends_with_one_active() -> None:
     couple = running()
     couple.cut()
