@@ -15,7 +15,7 @@ help:
 	@echo 'make bench    Sapin beside direct, nginx and pen; results under build/'
 	@echo 'make failover a pair between real tunnels, 20 rounds of each failure, beside keepalived: an hour, root'
 	@echo 'make sim      a pair under faults and virtual time, by 2,000 seeds; SEED=… N=… for others, N=1 tells one'
-	@echo 'make bench-state  a million pins in memory and on disk: bytes, time, the longest step'
+	@echo 'make bench-state  a million pins in memory, on disk and to a peer: bytes, time, the longest step'
 
 run: $(VENV)/run.stamp
 	$(BIN)/sapin demo
@@ -48,6 +48,7 @@ bench: $(VENV)/bench.stamp
 bench-state: $(VENV)/bench.stamp
 	$(BIN)/python tests/bench/affinity.py
 	$(BIN)/python tests/bench/journal.py
+	$(BIN)/python tests/bench/replication.py
 
 # FAILOVER='--rounds 3 --scenarios power,kill' for less; -h tells more.
 failover: $(VENV)/bench.stamp

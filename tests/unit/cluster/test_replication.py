@@ -10,7 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapin.cluster.replication import Limits, Sink, Source, Sync
-from sapin.cluster.wire import Ack, Begin, Delta, End, Hello, Join, Mark, Message, Nak, Resync, decode, encode
+from sapin.cluster.wire import (
+    NEWEST,
+    OLDEST,
+    Ack,
+    Begin,
+    Delta,
+    End,
+    Hello,
+    Join,
+    Mark,
+    Message,
+    Nak,
+    Resync,
+    decode,
+    encode,
+)
+from sapin.core.pins import Put
 from tests.unit.cluster.replicas import MappingReplica
 
 BOOT = 77
@@ -19,8 +35,9 @@ BOOT = 77
 class Two:
     """A source and a sink, and what is on its way between them."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.active, self.standby = MappingReplica(), MappingReplica()
+    def __init__(self, limits: Limits | None = None, version: int = NEWEST, chunk: int = 3) -> None:
+        self.version = version
+        self.active, self.standby = MappingReplica(chunk), MappingReplica()
         self.source = Source(BOOT, self.active, limits)
         self.sink = Sink(self.standby)
         self.there: deque[Message] = deque()
@@ -59,7 +76,7 @@ class Two:
 
     def send(self) -> None:
         for message in self.source.messages():
-            again = decode(encode(message))
+            again = decode(encode(message, self.version), self.version)
             assert again == message
             self.there.append(again)
 
@@ -428,12 +445,13 @@ def progress(two: Two, random: Random) -> None:
     seed=st.integers(0, 2**32),
     window=st.sampled_from([200, 1_000]),
     ring=st.sampled_from([3_000, 10**6]),
+    version=st.integers(OLDEST, NEWEST),
 )
 def test_any_link_ends_in_agreement_and_nothing_acknowledged_is_missing(
-    seed: int, window: int, ring: int
+    seed: int, window: int, ring: int, version: int
 ) -> None:
     random = Random(seed)
-    two = Two(Limits(window, ring))
+    two = Two(Limits(window, ring), version)
     two.connect()
     for _ in range(250):
         random.choice([changes, changes, mishap, mishap, progress])(two, random)
@@ -442,10 +460,16 @@ def test_any_link_ends_in_agreement_and_nothing_acknowledged_is_missing(
     assert two.standby.pins == two.active.pins
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_both_versions_of_the_wire_carry_the_same(version: int) -> None:
-    two = Two()
-    for number in range(20):
+@pytest.mark.parametrize("version", range(OLDEST, NEWEST + 1))
+def test_a_snapshot_says_the_pins_of_a_server_together(version: int) -> None:
+    two = Two(version=version, chunk=12)
+    for number in range(12):
         two.put(number, f"gw{number % 3}")
-    message = Delta(1, [record for chunk in two.active.walk() for record in chunk])
-    assert decode(encode(message, version), version) == message
+    two.connect()
+    two.send()
+    (chunk,) = (message for message in two.there if isinstance(message, Delta))
+    assert [record.server for record in chunk.records if isinstance(record, Put)] == sorted(
+        f"gw{number % 3}" for number in range(12)
+    )
+    two.settle()
+    assert two.standby.pins == two.active.pins
