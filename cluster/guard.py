@@ -34,7 +34,7 @@ REPAIR = 0.5
 ANSWERS = 500
 """Probes that are answered in a second, at most."""
 PACKET = 65_536
-_NONCES = 64
+_NONCES = 256
 _SOURCES = 8
 _NO_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FREEBIND = {
@@ -42,6 +42,11 @@ _FREEBIND = {
     socket.AF_INET6: (socket.IPPROTO_IPV6, 78),
 }
 """IP_FREEBIND and IPV6_FREEBIND (linux/in.h, linux/in6.h)."""
+_TRANSPARENT = {
+    socket.AF_INET: (socket.IPPROTO_IP, 19),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),
+}
+"""IP_TRANSPARENT and IPV6_TRANSPARENT: a farewell leaves from the virtual address, which is removed already."""
 _NET_ADMIN, _NET_RAW = 12, 13
 
 
@@ -87,7 +92,8 @@ class Guard:
         self._beacons: dict[int, socket.socket] = {}
         self._asking: dict[str, socket.socket] = {}
         """Connected sockets for probes, by their target."""
-        self._nonces: deque[bytes] = deque(maxlen=_NONCES)
+        self._nonces: dict[bytes, None] = {}
+        """Of probes without an answer yet, the oldest first. An answer counts once."""
         self._sources: dict[Any, socket.socket] = {}
         """Where probes came from lately, and on which socket: farewells go there too."""
         self._answered = (0.0, 0)
@@ -103,7 +109,12 @@ class Guard:
         """Take over what is there, or clear it away."""
         if not self._setup.moves:
             self._look()
-        elif self._setup.holding:
+            return
+        try:
+            self._netlink.promote(address.device for address in self._addresses)
+        except (AddressError, OSError) as error:
+            self._tell(b"e" + str(error).encode()[:1000])
+        if self._setup.holding:
             self._claim(self._setup.holding)
         else:
             with suppress(AddressError):
@@ -115,7 +126,13 @@ class Guard:
     def run(self) -> None:
         """Until the daemon is gone."""
         while True:
-            ready = dict(self._poll.poll(self._patience()))
+            patience = self._patience()
+            began = monotonic()
+            ready = dict(self._poll.poll(patience))
+            if self._holding and monotonic() - began > patience / 1000 + STARVED:
+                # This process was away, and the machine too perhaps: the peer may have the addresses by now,
+                # and what the daemon says next it says without knowing.
+                self._hunger()
             # The daemon first: food may have waited while this process was away.
             if self._control.fileno() in ready and not self._commands():
                 self._let_go()
@@ -126,6 +143,10 @@ class Guard:
             if self._monitor.fileno() in ready:
                 self._moved()
             self._due()
+
+    def _hunger(self) -> None:
+        self._let_go()
+        self._tell(b"l")
 
     def _patience(self) -> float:
         """Milliseconds until something is due."""
@@ -140,8 +161,7 @@ class Guard:
     def _due(self) -> None:
         now = monotonic()
         if self._holding and now - self._fed > STARVED:
-            self._let_go()
-            self._tell(b"l")
+            self._hunger()
         while self._again and self._again[0] <= now:
             self._again.popleft()
             self._announce()
@@ -259,6 +279,8 @@ class Guard:
             sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             try:
                 sock.setsockopt(*_FREEBIND[family], 1)
+                with suppress(PermissionError):  # a guard that only watches may have no privilege
+                    sock.setsockopt(*_TRANSPARENT[family], 1)
                 sock.bind((place, self._setup.port))
             except OSError as error:
                 sock.close()
@@ -289,7 +311,10 @@ class Guard:
                 if monotonic() - self._fed <= STARVED and self._may_answer():
                     self._say(Kind.ANSWER, sock, source, beacon.nonce)
             case Kind.ANSWER if beacon.nonce in self._nonces:
+                del self._nonces[beacon.nonce]
                 self._tell(b"a" + beacon.epoch.to_bytes(8, "big") + bytes([beacon.active]))
+            case Kind.ANSWER:  # to no probe of ours, or to one that is answered
+                self._strange += 1
             case Kind.FAREWELL:
                 self._tell(b"f" + beacon.boot.to_bytes(8, "big") + beacon.epoch.to_bytes(8, "big"))
 
@@ -324,12 +349,15 @@ class Guard:
 
     def _ask(self) -> None:
         """Probe the peer wherever it may be."""
-        nonce = os.urandom(NONCE)
-        self._nonces.append(nonce)
-        beacon = Beacon(Kind.PROBE, self._holding, self._setup.node, self._setup.boot, self._epoch, nonce)
-        data = self._codec.encode(beacon)
-        for target in (*self._setup.peer_links, *(address.address for address in self._addresses)):
-            self._ask_at(target, data)
+        # Who has the virtual addresses would only hear itself there.
+        virtual = () if self._holding else [address.address for address in self._addresses]
+        for target in (*self._setup.peer_links, *virtual):
+            nonce = os.urandom(NONCE)
+            self._nonces[nonce] = None
+            if len(self._nonces) > _NONCES:
+                del self._nonces[next(iter(self._nonces))]
+            beacon = Beacon(Kind.PROBE, self._holding, self._setup.node, self._setup.boot, self._epoch, nonce)
+            self._ask_at(target, self._codec.encode(beacon))
 
     def _ask_at(self, target: str, data: bytes) -> None:
         """One probe, from a connected socket, so that a refusal is heard of."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_interface
 from struct import Struct
 from typing import NamedTuple
 
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+_RTM_SETLINK = 19
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
 _REPLACE, _CREATE = 0x100, 0x400
@@ -25,6 +27,9 @@ RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 _FOREVER = 0xFFFFFFFF
 _HEADER = Struct("=IHHII")
 _ADDRESS = Struct("=BBBBI")
+_LINK = Struct("=BBHiII")
+_IFLA_AF_SPEC, _IFLA_INET_CONF, _PROMOTE_SECONDARIES = 26, 1, 20
+"""linux/if_link.h, and IPV4_DEVCONF_PROMOTE_SECONDARIES of linux/ip.h."""
 _ATTRIBUTE = Struct("=HH")
 _CACHE = Struct("=IIII")
 _ERROR = Struct("=i")
@@ -86,6 +91,32 @@ class Addresses:
         """
         self._change(RTM_DELADDR, 0, addresses, _GONE)
 
+    def promote(self, devices: Iterable[str]) -> None:
+        """Have the other IPv4 addresses of a device stay when one is removed.
+
+        The kernel removes with the first address of a network all others of that network, the node's own among them, unless
+        the device promotes one of them (``promote_secondaries``). By netlink, for /proc/sys may be read-only.
+
+        Raises:
+            AddressError: a device does not take it.
+        """
+        failed: list[str] = []
+        for device in dict.fromkeys(devices):
+            try:
+                index = socket.if_nametoindex(device)
+            except OSError:
+                continue  # no device, no addresses
+            self._number += 1
+            setting = _attribute(_PROMOTE_SECONDARIES, (1).to_bytes(4, sys.byteorder))
+            inet = _attribute(socket.AF_INET, _attribute(_IFLA_INET_CONF, setting))
+            body = _LINK.pack(socket.AF_UNSPEC, 0, 0, index, 0, 0) + _attribute(_IFLA_AF_SPEC, inet)
+            head = _HEADER.pack(_HEADER.size + len(body), _RTM_SETLINK, _REQUEST | _ACK, self._number, 0)
+            self._socket.send(head + body)
+            if code := self._result(self._number):
+                failed.append(f"{device}: {os.strerror(code)}")
+        if failed:
+            raise AddressError(f"promote_secondaries cannot be set; {'; '.join(failed)}")
+
     def there(self) -> set[tuple[str, bytes]]:
         """All addresses of this machine: device and packed address."""
         self._number += 1
@@ -104,6 +135,13 @@ class Addresses:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def _result(self, request: int) -> int:
+        """The error number of a request; 0 if it was done."""
+        while True:
+            for kind, number, data in _messages(self._socket.recv(65_536)):
+                if number == request and kind == _NLMSG_ERROR:
+                    return -int(_ERROR.unpack_from(data)[0])
 
     def _change(self, kind: int, flags: int, addresses: Sequence[Address], fine: Sequence[int]) -> None:
         """One system call for all of them."""

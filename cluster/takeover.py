@@ -23,7 +23,7 @@ from sapin.cluster.config import Cluster, Takeover
 from sapin.cluster.guard import PACKET, Setup
 from sapin.cluster.guarding import Answered, Claimed, Farewell, Gained, Lost, Refused, Released, Told
 from sapin.cluster.membership import Membership
-from sapin.cluster.netlink import Address, Addresses
+from sapin.cluster.netlink import Address, AddressError, Addresses
 
 RESTART = (0.02, 2.0)
 """Seconds until a guard that is gone is started again: at first, and at most."""
@@ -255,7 +255,10 @@ def release(cluster: Cluster) -> None:
     """
     if cluster.takeover is Takeover.NETLINK:
         kernel = Addresses()
+        found = addresses(cluster)
         try:
-            kernel.remove(addresses(cluster))
+            with suppress(AddressError):
+                kernel.promote(address.device for address in found)
+            kernel.remove(found)
         finally:
             kernel.close()

@@ -50,6 +50,8 @@ async def main() -> None:
                     time.sleep(1)  # noqa: ASYNC251  # that is what a loop that hangs does
                 case "pid":
                     say(f"guard {guard._process.pid}")
+                case "strange":
+                    say(f"strange {guard.strange}")
         nursery.cancel_scope.cancel()
 
 

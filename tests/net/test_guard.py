@@ -293,6 +293,121 @@ def test_strangers_and_old_answers_mean_nothing(
     time.sleep(0.05)
     assert "Farewell" not in b.read()
     assert b.read().count("Answered") <= 4  # of one probe to the link, and to each of the virtual addresses
+    until(lambda: _strange(b) >= len(forged))
+
+
+def _strange(stand: Stand) -> int:
+    stand.say("strange")
+    time.sleep(0.02)
+    return max((int(each) for each in re.findall(r"strange (\d+)", stand.read())), default=0)
+
+
+def test_an_answer_counts_once_however_often_it_comes(
+    stands: tuple[Stand, Stand], places: tuple[Namespace, Namespace, Namespace]
+) -> None:
+    """Somebody on the wire repeats the peer's answers, from the peer's address: they keep nobody from taking over."""
+    _, b = stands
+    b.say("probe")
+    b.wait_for("Answered")
+    before = b.read().count("Answered")
+    old = Codec(CLUSTER, bytes.fromhex(SECRET), "lb-b").encode(
+        Beacon(Kind.ANSWER, False, "lb-a", 70, 3, b"replayed")
+    )
+    send = (
+        "import socket\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\n"
+        f"[s.sendto(bytes.fromhex({old.hex()!r}),('198.19.0.2',4510)) for _ in range(20)]"
+    )
+    subprocess.run(places[0].inside(sys.executable, "-c", send), check=True)
+    until(lambda: _strange(b) >= 20)
+    assert b.read().count("Answered") == before
+
+
+def test_a_paused_machine_lets_go_when_it_comes_back(stands: tuple[Stand, Stand]) -> None:
+    """Daemon and guard stand still together, and the daemon feeds as soon as it can: that is no proof of anything."""
+    a, b = stands
+    a.claim()
+    for pid in (a.guard, a.process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.8)
+    os.kill(a.process.pid, signal.SIGCONT)
+    time.sleep(0.1)  # it feeds a guard that is still away
+    assert a.holds()
+    os.kill(a.guard, signal.SIGCONT)
+    b.wait_for(r"Farewell\(boot=70, epoch=3\)")
+    a.wait_for("Lost")
+    assert not a.holds()
+
+
+def test_a_guard_that_was_away_for_a_moment_keeps_the_addresses(stands: tuple[Stand, Stand]) -> None:
+    a, b = stands
+    a.claim()
+    os.kill(a.guard, signal.SIGSTOP)
+    time.sleep(0.15)
+    os.kill(a.guard, signal.SIGCONT)
+    time.sleep(0.4)
+    assert a.holds()
+    assert "Farewell" not in b.read()
+
+
+def test_the_farewell_finds_another_way_when_the_link_is_cut(stands: tuple[Stand, Stand]) -> None:
+    """It leaves from the virtual address, which is removed already, to where the last probe came from."""
+    a, b = stands
+    a.claim()
+    b.namespace.ip("link set cluster down")
+    try:
+        b.say("probe")
+        b.wait_for(r"Answered\(epoch=3, active=True\)")
+        a.process.kill()
+        b.wait_for(r"Farewell\(boot=70, epoch=3\)")
+    finally:
+        b.namespace.ip("link set cluster up", "address replace 198.19.0.2/24 dev cluster")
+
+
+def test_the_node_keeps_its_own_address_in_the_network_of_a_virtual_one(
+    places: tuple[Namespace, Namespace, Namespace],
+) -> None:
+    """Also where the virtual one was there first: the kernel takes a network's other addresses away with the first."""
+    place = places[0]
+    clean(place)
+    place.sysctl("net.ipv4.conf.front.promote_secondaries", 0)
+    place.sysctl("net.ipv4.conf.all.promote_secondaries", 0)
+    place.ip("address del 198.18.0.2/24 dev front", f"address add {VIP}/24 dev front")
+    place.ip("address add 198.18.0.2/24 dev front")
+    stand = Stand(place, 0)
+    try:
+        until(lambda: not stand.holds())
+        shown = subprocess.run(
+            place.inside("ip", "-o", "address", "show", "front"), capture_output=True, text=True, check=True
+        ).stdout
+        assert " 198.18.0.2/24 " in shown, shown
+    finally:
+        stand.end()
+        clean(place)
+        place.ip("address replace 198.18.0.2/24 dev front")
+
+
+def test_answers_come_in_time_from_a_busy_machine(stands: tuple[Stand, Stand]) -> None:
+    a, b = stands
+    a.claim()
+    spin = "import time\nuntil=time.monotonic()+4\nwhile time.monotonic()<until: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        time.sleep(0.2)
+        late = []
+        for _ in range(50):
+            seen = b.read().count("Answered")
+            asked = time.monotonic()
+            b.say("probe")
+            until(lambda seen=seen: b.read().count("Answered") > seen)  # type: ignore[misc]
+            late.append(time.monotonic() - asked)
+        print(f"answers within {max(late) * 1000:.1f} ms, the middle one {sorted(late)[25] * 1000:.1f} ms")
+        assert sorted(late)[25] < 0.075
+        assert a.holds()
+        assert "Farewell" not in b.read()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait(5)
 
 
 def test_where_something_else_moves_the_addresses_the_guard_watches(
