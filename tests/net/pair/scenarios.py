@@ -133,6 +133,7 @@ async def step_down(pair: Pair, active: Node) -> None:
 
 async def fail_back(pair: Pair, active: Node) -> None:
     """The other node comes back from a power loss, and gets its role back."""
+    pair.lab.other(active).plug()
     await pair.start(pair.lab.other(active))
     await pair.settled()
     await pair.step_down(active)
