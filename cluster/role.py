@@ -166,7 +166,6 @@ TABLE: Mapping[State, Mapping[Signal, Transition]] = {
         _E.TIMEOUT: _T(_S.ACTIVE, (Act.KEEP,)),
         _E.LEAVE: _T(_S.RELEASING, (Act.GIVE_UP,)),
         _E.LOST: _T(_S.STANDBY, (Act.DROP, Act.DRAIN)),
-        _E.STOP: _T(_S.RELEASING, (Act.GIVE_UP,)),
     },
     _S.GRACE: {
         _E.FOUND: _T(_S.GRACE),

@@ -89,6 +89,8 @@ class Acked(NamedTuple):
     """Replies that wait for this sequence or an earlier one may go."""
 
     sequence: int
+    held: bool = True
+    """Whether the peer has what they waited for, rather than nobody waiting for it any more."""
 
 
 class CloseLink(NamedTuple):

@@ -94,7 +94,7 @@ class Stream:
     def free(self) -> None:
         """Nobody waits for the peer any more."""
         if self._waiting:
-            self._effects.append(Acked(self._waiting[-1].sequence))
+            self._effects.append(Acked(self._waiting[-1].sequence, held=False))
             self._waiting.clear()
 
     def overdue(self, now: float) -> bool:
@@ -104,6 +104,11 @@ class Stream:
         self.source.desync()
         self.free()
         return True
+
+    def leave(self, now: float) -> None:
+        """This node is not active any more: the peer says where its own stream goes on, and is given the time to."""
+        self.source.leave()
+        self._asked = now
 
     def extend(self, now: float) -> None:
         """This node was asleep: acknowledgements may be here, unread."""

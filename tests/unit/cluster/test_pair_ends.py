@@ -7,7 +7,7 @@ import pytest
 from sapin.cluster.alarms import Name
 from sapin.cluster.replication import Sync
 from sapin.cluster.role import State, following
-from sapin.cluster.settings import Claim, Event, Persist, Saved
+from sapin.cluster.settings import Acked, Claim, Event, Persist, Saved
 from tests.unit.cluster.couple import Couple, Node
 
 
@@ -301,3 +301,24 @@ def test_a_node_that_is_late_all_the_time_still_takes_over() -> None:
     couple.kill(couple.a, farewell=False)
     couple.run(4)
     assert couple.active is couple.b
+
+
+def test_a_stop_during_a_handover_waits_for_it() -> None:
+    couple = running()
+    assert couple.a.pair.step_down(couple.now) is None
+    couple.a.pair.stop(couple.now)
+    couple.a.carry_out()
+    assert couple.a.address
+    couple.run(1)
+    assert couple.a.stopped
+    assert couple.active is couple.b
+    assert not any(isinstance(effect, Acked) and not effect.held for effect in couple.a.done)
+
+
+def test_replies_that_nobody_waits_for_any_more_are_told_from_those_that_the_peer_has() -> None:
+    couple = running()
+    couple.a.put(b"k:1", "gw1")
+    couple.run(0.01)
+    couple.a.put(b"k:2", "gw1")
+    couple.cut()
+    assert [effect.held for effect in couple.a.done if isinstance(effect, Acked)] == [True, False]

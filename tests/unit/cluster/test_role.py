@@ -72,7 +72,6 @@ ROWS = """
     handing over   timeout    active         keep
     handing over   leave      releasing      give up
     handing over   lost       standby        drop, drain
-    handing over   stop       releasing      give up
 
     grace          found      grace
     grace          timeout    releasing      give up
