@@ -227,7 +227,7 @@ class Conduct:
         clean = source.state is Sync.SYNCED and not source.lag
         self._draining = None
         self._stream.free()
-        source.leave()
+        self._stream.leave(now)
         self._save(active=False, whole=clean)
         if self._connected:
             self._send(wire.Released(self.epoch))
