@@ -21,6 +21,7 @@ import trio
 
 from sapin.cluster import certificates
 from sapin.cluster.alarms import Name
+from sapin.cluster.cables import keep_cables
 from sapin.cluster.certificates import CertificateError
 from sapin.cluster.config import Cluster, Takeover
 from sapin.cluster.devices import hand_over_when_deaf
@@ -160,6 +161,8 @@ class Node:
             nursery.start_soon(self._keep_looking, session)
             nursery.start_soon(self._keep_counting, session)
             nursery.start_soon(self._keep_enrolling)
+            if self._cluster.takeover is Takeover.NETLINK:
+                nursery.start_soon(self._keep_cables, session)
             nursery.start_soon(self._keep_hearing, session)
             await nursery.start(session.run)
             self.session = session
@@ -263,9 +266,18 @@ class Node:
         """Let the second node in, and members out; that this cannot be done ends nothing else."""
         while True:
             try:
-                await serve_enrolment(self.folder, time.time, lambda _: self._again.set())
+                # The pair begins anew at the next look at the members: at once, it would cut off the answer to who joins.
+                await serve_enrolment(self.folder, time.time, lambda _: None)
             except (MembershipError, OSError) as error:
                 log.warning("nodes cannot join or leave at the moment; tried again", reason=str(error))
+            await trio.sleep(10 * LOOK)
+
+    async def _keep_cables(self, session: Session) -> None:
+        while True:
+            try:
+                await keep_cables(session, {each.device for each in self._cluster.virtual_addresses})
+            except OSError as error:
+                log.warning("carriers are not watched at the moment; tried again", reason=str(error))
             await trio.sleep(10 * LOOK)
 
     async def _keep_looking(self, session: Session) -> None:
