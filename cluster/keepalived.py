@@ -13,6 +13,8 @@ from sapin.cluster.config import Cluster, Side, VirtualAddress
 
 _GARP_AGAIN = 5
 """Seconds after which keepalived announces the addresses once more."""
+_PRECEDENCE = 50
+"""Of keepalived over other processes (SCHED_RR), 1 to 99; above that of the guard."""
 
 
 def keepalived_conf(cluster: Cluster, node: str, identity: str, command: str, options: str = "") -> str:
@@ -48,6 +50,8 @@ def _lines(cluster: Cluster, node: str, identity: str, command: str, options: st
         "    enable_script_security",
         "    script_user root",
         "    vrrp_version 3",
+        "    # A busy node must not miss its adverts: they are as frequent as the pair's heartbeats.",
+        f"    vrrp_rt_priority {_PRECEDENCE}",
         f"    vrrp_garp_master_delay {_GARP_AGAIN}",
         "}",
         "",

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sapin.cluster.beacon import Beacon, Codec, Kind
+from sapin.cluster.config import Cluster, Side, Takeover, VirtualAddress
+from sapin.cluster.keepalived import keepalived_conf
 from tests.net.namespaces import Namespace, Wire, clear, sweep
 
 pytestmark = [pytest.mark.root("network namespaces"), pytest.mark.programs("ip", "nsenter"), pytest.mark.net]
@@ -424,3 +427,69 @@ def test_where_something_else_moves_the_addresses_the_guard_watches(
     finally:
         stand.end()
         clean(places[0])
+
+
+@pytest.mark.programs("keepalived")
+def test_keepalived_moves_the_addresses_and_both_nodes_see_it(
+    places: tuple[Namespace, Namespace, Namespace], tmp_path: Path
+) -> None:
+    """The generated configuration, the real keepalived, and guards that only watch."""
+    for place in places[:2]:
+        clean(place)
+    stands = [Stand(places[0], 0, moves=False), Stand(places[1], 1, moves=False)]
+    running = [_keepalived(places[number], number, tmp_path) for number in range(2)]
+    try:
+        # With no pre-emption it may be either of them.
+        until(lambda: sorted(map(_watched, stands)) == [False, True], 15)
+        first, other = stands if _watched(stands[0]) else reversed(stands)
+        assert first.holds()
+        running[stands.index(first)].terminate()
+        until(lambda: (_watched(first), _watched(other)) == (False, True), 15)
+        assert other.holds()
+        assert not first.holds()
+    finally:
+        for process in running:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+        for stand in stands:
+            stand.end()
+        for place in places[:2]:
+            clean(place)
+
+
+def _watched(stand: Stand) -> bool:
+    """Whether the addresses are there, by what the guard told last."""
+    return "Gained" in stand.read()[max(stand.output.rfind("Lost"), 0) :]
+
+
+def _keepalived(place: Namespace, number: int, folder: Path) -> subprocess.Popen[bytes]:
+    """keepalived on a node, with what ``sapin cluster keepalived`` prints."""
+    cluster = Cluster(
+        (ip_address(f"198.19.0.{number + 1}"),),
+        (
+            VirtualAddress(ip_interface(f"{VIP}/24"), "front"),
+            VirtualAddress(ip_interface(f"{VIP6}/64"), "front"),
+            VirtualAddress(ip_interface(f"{BACK}/24"), "back", Side.SERVERS),
+        ),
+        priority=150 - number,
+        takeover=Takeover.KEEPALIVED,
+    )
+    node = NODES[number]
+    path = folder / f"{node}.conf"
+    path.write_text(keepalived_conf(cluster, node, CLUSTER, "/usr/bin/true"))
+    path.chmod(0o600)
+    pids = (f"--pid={folder / node}.pid", f"--vrrp_pid={folder / node}.vrrp.pid")
+    with (folder / f"{node}.log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                *("setpriv", "--pdeathsig", "TERM"),
+                *place.inside("keepalived", "--dont-fork", "--log-console", "--vrrp", f"--use-file={path}"),
+                *pids,
+            ],
+            stdout=log,
+            stderr=log,
+        )
