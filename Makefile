@@ -48,7 +48,7 @@ bench: $(VENV)/bench.stamp
 bench-state: $(VENV)/bench.stamp
 	$(BIN)/python tests/bench/affinity.py
 	$(BIN)/python tests/bench/journal.py
-	$(BIN)/python tests/bench/replication.py
+	$(BIN)/python tests/bench/resync.py
 
 # FAILOVER='--rounds 3 --scenarios power,kill' for less; -h tells more.
 failover: $(VENV)/bench.stamp
