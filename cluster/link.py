@@ -314,8 +314,10 @@ class Link:
 
     async def _end_silence(self) -> None:
         while True:
-            self._heard, pipe = False, self._live
+            self._heard, pipe, began = False, self._live, trio.current_time()
             await trio.sleep(self._silence)
+            if trio.current_time() - began > 1.5 * self._silence:
+                continue  # this node was paused: it was deaf, which is not the peer's silence
             if pipe is not None and self._live is pipe and not self._heard:
                 self._refused["silent"] += 1
                 self.close_pipe()
