@@ -1,5 +1,5 @@
-"""The high-availability pair: who is active, what the standby has, and how it takes over.
+"""The high-availability pair: two nodes, of which one is active, and the other has everything that it needs to take over.
 
-The pure half decides: :mod:`~sapin.cluster.pair` with the role, the streams, the watch over the peer and the alarms. The
-other half does: the link, the guard that holds the virtual addresses, the disk, joined by :mod:`~sapin.cluster.node`.
+Pure are the role, replication and their joint machine (:mod:`~sapin.cluster.pair`); :mod:`~sapin.cluster.node` joins them to the
+link, the guard, the dataplane, the disk and the clock. Core knows nothing of it.
 """

@@ -32,7 +32,7 @@ async def test_a_client_goes_on_when_the_active_node_dies(farm: Farm, tmp_path: 
         assert not active.plane.pairing.outlet.held
         await active.kill()
         await until(lambda: standby.role == "active")
-        assert pair.network.guards["lb-b"].here
+        await until(lambda: pair.network.guards["lb-b"].here)
         assert await farm.route(again(farm, client), ike_message(spi)) == (home, port)
         await until(lambda: standby.status["last_failover"]["answered"] == 1)
         failover = standby.status["last_failover"]
