@@ -5,7 +5,7 @@
 2. While the service network is whole, the addresses are on both nodes for no longer than :data:`BOTH`. A machine that did
    not run at all is given that time from when it runs again.
 3. While a node is healthy, the addresses are nowhere for no longer than :data:`NOBODY`.
-4. No epoch is claimed twice.
+4. No epoch is claimed twice, and nobody takes over from an active node that answers, while the service network is whole.
 5. What waits and what is kept is bounded.
 6. When the faults are over the pair converges (:func:`difference`): see :mod:`tests.sim.pair.world`.
 """
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BOTH = 0.5
 NOBODY = 6.0
+WELL = 0.5
+"""Seconds for which all has to have been well for a takeover to be a mistake."""
 Thing = tuple[str, bytes]
 
 
@@ -68,6 +70,8 @@ class Checker:
         self._epochs: dict[int, str] = {}
         self._both_since: float | None = None
         self._nobody_since: float | None = None
+        self._well_since: list[float | None] = [None, None, None]
+        """Of the service network and the two machines."""
 
     # 1
 
@@ -80,8 +84,11 @@ class Checker:
             if isinstance(record, Cleared):
                 values = [(thing, None) for thing in self._cleared(daemon, record.server)]
             for thing, value in values:
-                self._things[thing].values.append((self._version, value))
-                things.add(thing)
+                history = self._things[thing]
+                # A clear means nothing to a node on which the key went elsewhere meanwhile.
+                if not isinstance(record, Cleared) or history.values[-1][1] == record.server:
+                    things.add(thing)
+                history.values.append((self._version, value))
         if sequence:
             self._waiting[daemon].append((sequence, self._version, things))
 
@@ -139,6 +146,11 @@ class Checker:
         self.health()
 
     def claims(self, machine: Machine, epoch: int) -> None:
+        """A node takes over."""
+        peer, well = machine.peer, self._well_since
+        active = peer.address and peer.daemon is not None and half.active(peer.daemon.pair)
+        if active and None not in well and self._world.now - max(filter(None, well)) > WELL:
+            self.fail(f"{machine.name} takes over from a node that is active and answers")
         if epoch in self._epochs:
             self.fail(f"{machine.name} claims epoch {epoch}, as {self._epochs[epoch]} did before")
         self._epochs[epoch] = machine.name
@@ -147,6 +159,8 @@ class Checker:
         """Something has changed: networks, machines, addresses."""
         now, machines = self._world.now, self._world.machines
         self.check_times()
+        for at, well in enumerate((self._world.service.whole, *(machine.responds for machine in machines))):
+            self._well_since[at] = (self._well_since[at] or now) if well else None
         both = machines[0].address and machines[1].address
         excused = not self._world.service.whole or machines[0].frozen or machines[1].frozen
         if not both or excused:

@@ -48,7 +48,8 @@ class Machine:
         self.address = False
         self.epoch = 0
         """That the guard tells for the daemon."""
-        self.boots = 0
+        self._bereft = False
+        """Whether the guard of a daemon that is gone has something to do still."""
 
     @property
     def peer(self) -> Machine:
@@ -64,7 +65,9 @@ class Machine:
         """The daemon starts, from the disk."""
         if self.daemon is not None or not self.powered:
             return
-        self.boots += 1
+        if self._bereft:
+            self.world.after(0.005, self.start)
+            return
         self.daemon = Daemon(self)
         self.daemon.act(lambda: None)
         self.world.checker.health()
@@ -72,9 +75,10 @@ class Machine:
     def kill(self) -> None:
         """The daemon is gone; the kernel closes its connection, the guard removes the addresses and says so."""
         daemon = self.daemon
-        if daemon is None:
+        if daemon is None or self.frozen:
             return
         self._end(daemon)
+        self._bereft = True
         if daemon.connection:
             daemon.connection.close(self.index)
         self.world.after(0.0005 + 0.002 * self.world.random.random(), lambda: self._bereaved(daemon))
@@ -123,13 +127,13 @@ class Machine:
         daemon.act(lambda: daemon.pair.address_lost(self.world.now))
 
     def _bereaved(self, daemon: Daemon) -> None:
-        if self.frozen or not self.powered:
-            if self.powered:
-                self.world.after(0.01, lambda: self._bereaved(daemon))
+        if self.frozen and self.powered:
+            self.world.after(0.01, lambda: self._bereaved(daemon))
             return
-        if self.daemon is None:
+        self._bereft = False
+        if self.powered:
             self.set_address(False)
-        self._farewell(daemon)
+            self._farewell(daemon)
 
     def _farewell(self, daemon: Daemon) -> None:
         boot, epoch, peer = daemon.boot, self.epoch, self.peer
@@ -319,7 +323,7 @@ class Daemon:
             self._do(self._pending.popleft())
             self._pending.extend(self.pair.effects())
 
-    def _do(self, effect: Effect) -> None:
+    def _do(self, effect: Effect) -> None:  # noqa: C901  # one case for each effect
         machine, world = self.machine, self.world
         if world.told and not isinstance(effect, Send | Probe | Acked):
             world.told(f"{world.now:8.3f} {machine.name} {effect}")

@@ -1,4 +1,4 @@
-"""The pair under faults of every kind, by thousands of seeds; ``make sim`` runs as many as you like."""
+"""The pair under faults of every kind, by hundreds of seeds; ``make sim`` runs as many as you like."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.sim.pair.world import run
 
-SEEDS = range(1_000)
+SEEDS = range(600)
 
 
 @pytest.mark.slow
@@ -15,8 +15,8 @@ def test_whatever_happens_no_acknowledged_pin_is_lost_and_the_pair_comes_togethe
 
     failed = [f"make sim SEED={each.seed} N=1: {each.failure}" for each in results if each.failure]
     assert not failed, "\n".join(failed[:10])
-    assert sum(each.takeovers for each in results) > 2 * len(results)
-    assert sum(each.acknowledged for each in results) > 50 * len(results)
+    assert sum(each.takeovers for each in results) > len(results)
+    assert sum(each.acknowledged for each in results) > 40 * len(results)
 
 
 def test_a_seed_decides_everything() -> None:
