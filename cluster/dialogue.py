@@ -112,13 +112,13 @@ class Dialogue(Judgement):
         if state in FOLLOWING:
             if here:
                 self._follow(epoch, now)
-        elif state in LEAVING:
+        elif state not in HOLDING:
             return
         elif (epoch, self.settings.node) > (self.epoch, self.settings.peer):
             if state is not State.HANDING:
                 self._rival(now)
             self._signal(Signal.FOUND, now)
-        elif not self._handing and state in HOLDING:
+        elif not self._handing:
             self._rival(now)
             if here:
                 self._signal(Signal.RIVAL, now)

@@ -322,3 +322,28 @@ def test_replies_that_nobody_waits_for_any_more_are_told_from_those_that_the_pee
     couple.a.put(b"k:2", "gw1")
     couple.cut()
     assert [effect.held for effect in couple.a.done if isinstance(effect, Acked)] == [True, False]
+
+
+def test_whatever_comes_after_the_end_changes_nothing() -> None:
+    couple = running()
+    pair = couple.b.pair
+    pair.stop(couple.now)
+    couple.b.carry_out()
+    couple.b.done.clear()
+    pair.answered(99, True, couple.now)
+    pair.farewell(couple.a.pair.boot, 99, couple.now)
+    pair.refused(couple.now)
+    pair.address_gained(couple.now)
+    pair.address_lost(couple.now)
+    pair.claimed(couple.now)
+    pair.released(couple.now)
+    pair.disconnected(couple.now)
+    pair.connected(couple.now)
+    pair.writable(couple.now)
+    pair.wake(couple.now + 1)
+    pair.stop(couple.now + 1)
+    assert pair.step_down(couple.now + 1, force=True)
+    assert not pair.changed([], couple.now + 1)
+    couple.b.carry_out()
+    assert not couple.b.done
+    assert pair.role.state is State.STOPPED
