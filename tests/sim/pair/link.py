@@ -36,6 +36,10 @@ class Network:
         self.world.after(self.delay(), arrive)
 
     @property
+    def split(self) -> bool:
+        return bool(self.down[0] or self.down[1])
+
+    @property
     def whole(self) -> bool:
         return not (self.down[0] or self.down[1] or self.loss or self.slow)
 

@@ -46,6 +46,8 @@ class Machine:
         self.powered = True
         self.frozen = False
         self.address = False
+        self.since = 0.0
+        """When the addresses came, or went."""
         self.epoch = 0
         """That the guard tells for the daemon."""
         self._bereft = False
@@ -148,7 +150,7 @@ class Machine:
 
     def set_address(self, here: bool) -> None:
         if self.address != here:
-            self.address = here
+            self.address, self.since = here, self.world.now
             self.world.checker.moved(self)
 
     def probe(self) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.sim.pair.world import World
 
 CLIENTS = 60
+LATE = 0.003
+"""Seconds for which packets still come to who had the addresses before."""
 
 
 class Workload:
@@ -32,21 +34,31 @@ class Workload:
         if world.now > world.quiet_from:
             return
         world.after(world.random.expovariate(1 / self._every), self.go_on)
-        holders = [each for each in world.machines if each.address and each.responds]
-        if not holders:
-            return
-        daemon = world.random.choice(holders).daemon
+        client = world.random.randrange(CLIENTS)
+        machine = self._reached_by(client)
+        daemon = machine.daemon if machine and machine.responds else None
         if daemon is None or not daemon.active:
             return
         records: list[Record] = []
         for _ in range(world.random.choice((1, 1, 1, 2, 40 if self._burst else 2))):
-            records += self._one(daemon.state)
+            records += self._one(daemon.state, client)
+            if not world.service.split:
+                client = world.random.randrange(CLIENTS)
         self.done += 1
         daemon.act(lambda: daemon.changed(records))
 
-    def _one(self, state: State) -> list[Record]:
+    def _reached_by(self, client: int) -> Machine | None:
+        """Who gets a client's packets: who announced the addresses last, or, of a network that is split, the one on its side."""
+        world = self._world
+        holders = sorted((each for each in world.machines if each.address), key=lambda each: each.since)
+        if len(holders) < 2:
+            return holders[0] if holders else None
+        if world.service.split:
+            return world.machines[client % 2]
+        return holders[1 if world.now - holders[1].since > LATE else 0]
+
+    def _one(self, state: State, client: int) -> list[Record]:
         random = self._world.random
-        client = random.randrange(CLIENTS)
         key, port = b"ip:%d" % client, b"port:%d" % client
         kind = random.random()
         if kind < 0.45:
