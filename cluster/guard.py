@@ -31,8 +31,10 @@ AGAIN = (0.05, 0.2, 1.0, 5.0)
 """Seconds after a claim at which the addresses are announced again."""
 REPAIR = 0.5
 """Seconds between two attempts to put back an address that somebody else removed."""
-ANSWERS = 500
-"""Probes that are answered in a second, at most."""
+ANSWERS = 2_000
+"""Probes that are answered in a second, at most: more than a peer asks, each 10 ms at each of its targets."""
+PROBED = 4
+"""Virtual addresses that are probed, at most: the first of each device and address family."""
 PACKET = 65_536
 _NONCES = 256
 _SOURCES = 8
@@ -92,6 +94,10 @@ class Guard:
         self._beacons: dict[int, socket.socket] = {}
         self._asking: dict[str, socket.socket] = {}
         """Connected sockets for probes, by their target."""
+        each = {(address.device, address.family): address.address for address in reversed(self._addresses)}
+        self._probed = list(each.values())[::-1][:PROBED]
+        self._seen: dict[bytes, None] = {}
+        """Nonces of probes that were answered: who repeats one does not use up what the peer may ask."""
         self._nonces: dict[bytes, None] = {}
         """Of probes without an answer yet, the oldest first. An answer counts once."""
         self._sources: dict[Any, socket.socket] = {}
@@ -306,7 +312,11 @@ class Guard:
 
     def _understood(self, beacon: Beacon, sock: socket.socket, source: Any) -> None:
         match beacon.kind:
+            case Kind.PROBE if beacon.nonce in self._seen:
+                self._strange += 1
             case Kind.PROBE:
+                self._seen[beacon.nonce] = None
+                _keep(self._seen, 4 * _NONCES)
                 self._remember(source, sock)
                 if monotonic() - self._fed <= STARVED and self._may_answer():
                     self._say(Kind.ANSWER, sock, source, beacon.nonce)
@@ -350,12 +360,11 @@ class Guard:
     def _ask(self) -> None:
         """Probe the peer wherever it may be."""
         # Who has the virtual addresses would only hear itself there.
-        virtual = () if self._holding else [address.address for address in self._addresses]
+        virtual = () if self._holding else self._probed
         for target in (*self._setup.peer_links, *virtual):
             nonce = os.urandom(NONCE)
             self._nonces[nonce] = None
-            if len(self._nonces) > _NONCES:
-                del self._nonces[next(iter(self._nonces))]
+            _keep(self._nonces, _NONCES)
             beacon = Beacon(Kind.PROBE, self._holding, self._setup.node, self._setup.boot, self._epoch, nonce)
             self._ask_at(target, self._codec.encode(beacon))
 
@@ -393,6 +402,12 @@ class Guard:
             self._poll.unregister(sock)
             del self._beacons[sock.fileno()]
             sock.close()
+
+
+def _keep(these: dict[bytes, None], number: int) -> None:
+    """Forget the oldest of them when there are more."""
+    if len(these) > number:
+        del these[next(iter(these))]
 
 
 def _privileged() -> bool:
