@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
-from tests.cluster.nodes import SHARED, couple
+from sapin.cluster.membership import Folder
+from tests.cluster.nodes import SHARED, Couple, couple
 from tests.cluster.pairs import until
 from tests.dataplane.farm import IKE, Farm, gateways, ike_message
 from tests.dataplane.twins import VIPS, again, same
@@ -122,3 +124,35 @@ async def test_a_conflict_keeps_the_loser_s_text_aside_and_is_an_alarm(farm: Far
         await until(lambda: [alarm["name"] for alarm in standby.status["alarms"]] == ["config-conflict"])
         aside.unlink()
         await until(lambda: not standby.status["alarms"])
+
+
+async def test_a_node_that_is_no_member_forwards_and_says_what_to_do(farm: Farm, tmp_path: Path) -> None:
+    pair = Couple(farm, tmp_path)
+    half = pair.halves[0]
+    Folder(tmp_path / "state-0").remove("members.json")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(half.run)
+        await until(lambda: half.plane.active)
+        client, spi = farm.client(host=VIPS[0]), os.urandom(8)
+        await farm.route(client, ike_message(spi))
+        assert half.status["enabled"] is False
+        assert "sapin cluster init" in half.status["why"]
+        assert not pair.network.guards
+        assert half.node.step_down(force=True) == "this node belongs to no cluster"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_cluster_that_cannot_be_used_is_tried_again_and_forwarding_goes_on(
+    farm: Farm, tmp_path: Path
+) -> None:
+    pair = Couple(farm, tmp_path)
+    half, folder = pair.halves[0], Folder(tmp_path / "state-0")
+    whole = folder.read("members.json")
+    folder.write("members.json", b"{")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(half.run)
+        await until(lambda: half.status["failures"] >= 2)
+        await farm.route(farm.client(host=VIPS[0]), ike_message(os.urandom(8)))
+        folder.write("members.json", whole)
+        await until(lambda: half.role == "active")
+        nursery.cancel_scope.cancel()
