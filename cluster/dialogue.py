@@ -97,6 +97,7 @@ class Dialogue(Judgement):
         """The peer has said what it is."""
         before, self._peer_role = self._peer_role, role
         if role == "active":
+            self._freed = False
             self._peer_epoch = max(epoch, self._peer_epoch) if self.active else epoch
             self._compare(epoch, now)
         elif role == "standby" and before in ("active", "leaving"):

@@ -12,6 +12,7 @@ from sapin.cluster.detector import Verdict
 from sapin.cluster.replication import Sync
 from sapin.cluster.role import (
     FOLLOWING,
+    HOLDING,
     Signal,
     State,
 )
@@ -120,6 +121,8 @@ class Judgement(Conduct):
 
     def _free(self, cause: str, now: float) -> None:
         """Certainly the peer is not active any more."""
+        if self.role.state in HOLDING:
+            return
         if not self._freed:
             self._freed, self._free_since, self._free_cause = True, now, cause
         self._judge(self._detector.look(now), now)

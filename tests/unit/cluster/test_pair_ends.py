@@ -347,3 +347,27 @@ def test_whatever_comes_after_the_end_changes_nothing() -> None:
     couple.b.carry_out()
     assert not couple.b.done
     assert pair.role.state is State.STOPPED
+
+
+def test_a_farewell_of_a_rival_is_forgotten_by_the_time_of_a_step_down() -> None:
+    couple = running()
+    couple.cut()
+    couple.service = False
+    couple.run(2)
+    assert couple.a.address
+    assert couple.b.address
+    couple.b.pair._peer_role = "active"
+    couple.b.pair.farewell(couple.a.pair.boot, couple.a.pair.epoch, couple.now)
+    couple.service = True
+    couple.join()
+    couple.run(1)
+    assert couple.active is couple.b
+    assert couple.b.pair.step_down(couple.now) is None
+    couple.b.carry_out()
+    while couple.b.pair.role.state is not State.STANDBY:
+        couple.run(0.001)
+    couple.b.pair.wake(couple.now)  # before anything else is heard of the new active node
+    couple.b.carry_out()
+    couple.run(1)
+    assert couple.active is couple.a
+    assert couple.b.pair.counts["takeovers"] == 1
