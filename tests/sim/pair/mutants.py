@@ -141,6 +141,6 @@ MUTANTS: dict[Callable[..., Pair], int] = {
     ClaimsWithoutProbing: 100,
     ComparesNoDigest: 200,
     ReleasesTooEarly: 300,
-    ReplaysFromElsewhere: 600,
+    ReplaysFromElsewhere: 200,
 }
 """Each mutant, and within how many seeds it has to be caught."""

@@ -23,6 +23,8 @@ REST = 12.0
 """Seconds within which a pair has to converge when the faults are over."""
 SETTLED = 0.1
 """Seconds for which it has to stay so."""
+LOOK_EVERY = 0.1
+"""Seconds between two comparisons of the nodes."""
 MAX_EVENTS = 400_000
 
 
@@ -114,11 +116,16 @@ class World:
             self.after(self.random.choice((0.0, 0.3 * self.random.random())), machine.start)
         self.after(0.0, self.link.connect)
         self.after(0.0, self.workload.go_on)
+        self.after(LOOK_EVERY, self._look)
         self.checker.health()
         self._until(self.heal_at)
         self.fate.heal()
         self._until(max(self.now, self.quiet_from))
         return self._converge()
+
+    def _look(self) -> None:
+        self.after(LOOK_EVERY, self._look)
+        self.checker.difference()
 
     def _until(self, time: float) -> None:
         heap = self._heap
