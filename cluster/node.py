@@ -24,7 +24,6 @@ from sapin.cluster.alarms import Name
 from sapin.cluster.cables import keep_cables
 from sapin.cluster.certificates import CertificateError
 from sapin.cluster.config import Cluster, Takeover
-from sapin.cluster.devices import hand_over_when_deaf
 from sapin.cluster.enrolment import serve_enrolment
 from sapin.cluster.guarding import Guard
 from sapin.cluster.keeper import Keeper
@@ -163,7 +162,6 @@ class Node:
             nursery.start_soon(self._keep_enrolling)
             if self._cluster.takeover is Takeover.NETLINK:
                 nursery.start_soon(self._keep_cables, session)
-            nursery.start_soon(self._keep_hearing, session)
             await nursery.start(session.run)
             self.session = session
             stack.callback(self._forget_session)
@@ -249,18 +247,6 @@ class Node:
         log.info(event.name, **event.fields)
 
     # what has to be looked at now and then
-
-    async def _keep_hearing(self, session: Session) -> None:
-        """Hand over when this node is active and has no carrier; that this cannot be watched ends nothing else."""
-        if self._cluster.takeover is not Takeover.NETLINK:
-            return
-        names = {each.device for each in self._cluster.virtual_addresses}
-        try:
-            await hand_over_when_deaf(names, lambda: session.pair.active, lambda: self.step_down(force=False))
-        except OSError as error:
-            log.warning(
-                "carriers cannot be watched: a cut cable does not move the addresses", reason=str(error)
-            )
 
     async def _keep_enrolling(self) -> None:
         """Let the second node in, and members out; that this cannot be done ends nothing else."""
