@@ -129,10 +129,11 @@ def join(local: str, shared: str) -> str:
     mine, theirs = _divide(own)[0], _divide(shared)
     if _headed(theirs[0]):
         raise SplitError("the shared part has [node] or [cluster], which belong to one node")
-    # Keys come before every table; comments alone belong to the table after them, and stay before that.
+    # Keys come before everything: comments above them would become theirs. Comments alone belong to the table after
+    # them, and stay before that.
     keys, comments = _leading(theirs[1]), _leading(theirs[0])
     rest = [*comments, *_headed(theirs[1])]
-    joined = _text([*_leading(mine), *keys, *_headed(mine), *rest])
+    joined = _text([*keys, *_leading(mine), *_headed(mine), *rest])
     if _load(joined) != {**_load(own), **_load(shared)} or split(joined).shared != _text([*keys, *rest]):
         raise SplitError("the shared part does not fit into this node's file")
     return joined
