@@ -20,7 +20,15 @@ START = 20.0
 """Seconds that a start may take on a busy machine."""
 
 
-def configuration(gateways: Sequence[Gateway], persistence: str, scheduler: str, follows: bool) -> str:
+CHECK = '{ plugin = "ike", interval = "300ms", timeout = "250ms", rise = 2, fall = 2 }'
+"""Quick, for tests in which gateways fail."""
+PATIENT_CHECK = '{ plugin = "ike", interval = "1s", timeout = "1s", rise = 1, fall = 10 }'
+"""For tests in which no gateway fails, though the machine is so busy that one may be late: that would end its pins."""
+
+
+def configuration(
+    gateways: Sequence[Gateway], persistence: str, scheduler: str, follows: bool, check: str = CHECK
+) -> str:
     """The services of UDP 500 and 4500 at both virtual addresses, as TOML."""
     pairs = [
         ("ike", VIP, [(gateway.name, gateway.address) for gateway in gateways]),
@@ -31,7 +39,7 @@ def configuration(gateways: Sequence[Gateway], persistence: str, scheduler: str,
         independent = f"""
             scheduler = "{scheduler}"
             persistence = "{persistence}"
-            checks = [{{ plugin = "ike", interval = "300ms", timeout = "250ms", rise = 2, fall = 2 }}]
+            checks = [{check}]
             real_servers = [{", ".join(f'{{ name = "{n}", address = "{a}" }}' for n, a in servers)}]
         """
         text += _service(name, vip, 500, independent)

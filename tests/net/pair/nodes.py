@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from tests.net.balancer import SAPIN, START, configuration
+from tests.net.balancer import PATIENT_CHECK, SAPIN, START, configuration
 from tests.net.lab import FLOATING, FLOATING6, VIP, VIP6
 from tests.net.namespaces import Daemon, LabError, until
 from tests.net.pair.lab import VIRTUAL, Node, PairLab
@@ -36,7 +36,7 @@ class SapinPair:
             self._states[node.name] = state = folder / "state"
             state.mkdir()
             config = folder / "sapin.toml"
-            services = configuration(lab.gateways, persistence, scheduler, follows=True)
+            services = configuration(lab.gateways, persistence, scheduler, True, PATIENT_CHECK)
             config.write_text(_config(node, state) + services)
             argv = [SAPIN, "run", str(config)]
             self._daemons[node.name] = Daemon(node.namespace, argv, folder / "sapin.log", {})
