@@ -87,6 +87,8 @@ class Conduct:
         self._freed = False
         """Whether the peer is certainly not active any more."""
         self._free_since = 0.0
+        self._free_epoch = 0
+        """The peer's epoch when it became free."""
         self._in_sync_since: float | None = None
         self._asked = now
         self._handing = False

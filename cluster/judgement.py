@@ -102,6 +102,8 @@ class Judgement(Conduct):
         if self._freed:
             # Nobody is active any more. To wait is of use only to a node that has half of a snapshot.
             patience = 0 if self._stream.sink.whole else patience
+            if patience and self._connected and not self._greeted:
+                return None  # it speaks again, and has yet to say what it is by now
             return self._free_since + patience * self._silence, self._free_cause
         if self._connected:
             return None if verdict is not Verdict.GONE else self._from_gone(patience)
@@ -125,6 +127,7 @@ class Judgement(Conduct):
             return
         if not self._freed:
             self._freed, self._free_since, self._free_cause = True, now, cause
+            self._free_epoch = self._peer_epoch
         self._judge(self._detector.look(now), now)
 
     def _ready(self) -> bool:

@@ -196,6 +196,8 @@ class Pair(Dialogue):
         if active:
             self._vacant = now
             self._peer_epoch = max(self._peer_epoch, epoch)
+            if epoch > self._free_epoch:
+                self._freed = False  # it was free, and the peer has taken over again
         if state is State.SUSPECTING:
             self._peer_synced = False  # it goes on without this node
             self._save(whole=False)

@@ -85,6 +85,7 @@ class Checker:
             values = list(changed_by([record]))
             if isinstance(record, Cleared):
                 values = [(thing, None) for thing in self._cleared(daemon, record.server)]
+                self._may_be_cleared(record.server)
             for thing, value in values:
                 history = self._things[thing]
                 # A clear means nothing to a node on which the key went elsewhere meanwhile.
@@ -93,6 +94,14 @@ class Checker:
                 history.values.append((self._version, value))
         if sequence:
             self._waiting[daemon].append((sequence, self._version, things))
+
+    def _may_be_cleared(self, server: str) -> None:
+        """What the other node has pinned to that server, in a handover, may go when it hears of it."""
+        for thing, history in self._things.items():
+            if thing[0] == "pin" and any(value == server for _, value in history.values):
+                history.values.append((self._version, None))
+                latest = history.values[-2]
+                history.values.append((self._version, latest[1]))
 
     def _cleared(self, daemon: Daemon, server: str) -> list[Thing]:
         """What was pinned to a server, and is not now."""
