@@ -51,6 +51,10 @@ class Keeper:
         self._something.set()
         return self._asked
 
+    def is_durable(self, number: int) -> bool:
+        """Whether that is on disk, or the disk has refused it."""
+        return self._done >= number
+
     async def durable(self, number: int) -> None:
         """Wait until that is on disk, or the disk has refused it."""
         while self._done < number:

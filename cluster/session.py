@@ -1,7 +1,7 @@
 """A pair at work: one :class:`~sapin.cluster.pair.Pair` joined to the link, the guard, the dataplane, the disk and the clock.
 
-Everything that happens is an input of the pair, and what it answers is carried out in that order. Whatever must be on disk first holds up
-what comes after it, and nothing else. An input that fails costs the connection, which is then made anew and the peer brought up to date;
+Everything that happens is an input of the pair, and what it answers is carried out in that order. A claim waits until its epoch
+is on disk, which it is beforehand unless the node has just started; nothing else waits for the disk. An input that fails costs the connection, which is then made anew and the peer brought up to date;
 it never costs the forwarding.
 """
 
@@ -97,6 +97,8 @@ class Session:
         self._working = self._blocked = self._taken = self._inherits = False
         self._durable = trio.Event()
         self._awaited: int | None = None
+        self._floor = self._floor_put = 0
+        """The highest floor that was to be kept, and which write that was."""
         self._outbox: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._to_send = trio.Event()
@@ -174,7 +176,7 @@ class Session:
             return  # an effect was an input, too: what it leads to comes after what came before
         self._working = True
         try:
-            while self._pending and not self._blocked:
+            while self._pending and not self._waits_for_disk():
                 effect = self._pending.popleft()
                 try:
                     self._do(effect)
@@ -188,6 +190,13 @@ class Session:
             self.pair.writable(self._clock())  # what it has to say then, it says in its next turn
         self._set_alarm()
 
+    def _waits_for_disk(self) -> bool:
+        """Whether what is next has to wait: no epoch is claimed that the disk does not know of."""
+        if isinstance(self._pending[0], Claim) and not self._keeper.is_durable(self._floor_put):
+            self._awaited, self._blocked = self._floor_put, True
+            self._durable.set()
+        return self._blocked
+
     def _do(self, effect: Effect) -> None:
         match effect:
             case Send():
@@ -195,8 +204,9 @@ class Session:
             case Acked():
                 self._plane.outlet.release(effect.sequence)
             case Persist():
-                self._awaited, self._blocked = self._keeper.put(effect.saved), True
-                self._durable.set()
+                number = self._keeper.put(effect.saved)
+                if effect.saved.floor > self._floor:
+                    self._floor, self._floor_put = effect.saved.floor, number
             case CloseLink():
                 self._close(effect.reason)
             case Event():
@@ -226,7 +236,7 @@ class Session:
             self.link.close_pipe()
 
     async def _persist_first(self) -> None:
-        """What must be on disk before anything else is done."""
+        """Go on with a claim once its epoch is on disk."""
         while True:
             await self._durable.wait()
             self._durable = trio.Event()

@@ -80,7 +80,7 @@ class Probe(NamedTuple):
 
 
 class Persist(NamedTuple):
-    """Have this on disk before going on with the next effect."""
+    """Keep this over a restart, soon. Its floor is to be on disk before a :class:`Claim` that follows is carried out."""
 
     saved: Saved
 

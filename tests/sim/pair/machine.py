@@ -202,7 +202,8 @@ class Daemon:
         )
         self._backlog: deque[Callable[[], object]] = deque()
         self._pending: deque[Effect] = deque()
-        self._blocked = False
+        self._floor = self._floor_put = self._put = self._written_put = 0
+        self._disk_at = 0.0
         self._due: float | None = None
         self._guard_at = 0.0
         self._emptying = False
@@ -321,9 +322,13 @@ class Daemon:
 
     def _carry_out(self) -> None:
         self._pending.extend(self.pair.effects())
-        while self._pending and not self._blocked:
+        while self._pending and not self._waits_for_disk():
             self._do(self._pending.popleft())
             self._pending.extend(self.pair.effects())
+
+    def _waits_for_disk(self) -> bool:
+        """As in the session of a node: a claim waits for the floor, and nothing else for anything."""
+        return isinstance(self._pending[0], Claim) and self._written_put < self._floor_put
 
     def _do(self, effect: Effect) -> None:  # noqa: C901  # one case for each effect
         machine, world = self.machine, self.world
@@ -334,8 +339,7 @@ class Daemon:
                 self.connection.send(machine.index, effect.data)
                 self._empty()
             case Persist():
-                self._blocked = True
-                world.after(world.disk_delay(), lambda: self._written(effect))
+                self._persist(effect)
             case Acked():
                 world.checker.released(self, effect.sequence)
             case Probe():
@@ -356,15 +360,20 @@ class Daemon:
             case Stopped():
                 machine.kill()
 
-    def _written(self, effect: Persist) -> None:
+    def _persist(self, effect: Persist) -> None:
+        """Written in their order, some time later."""
+        self._put = number = self._put + 1
+        if effect.saved.floor > self._floor:
+            self._floor, self._floor_put = effect.saved.floor, number
+        self._disk_at = max(self.world.now + self.world.disk_delay(), self._disk_at)
+        self.world.at(self._disk_at, lambda: self._written(effect, number))
+
+    def _written(self, effect: Persist, number: int) -> None:
         if not self.machine.powered or self.dead:
             return
         self.machine.disk.saved = effect.saved
-
-        def told() -> None:
-            self._blocked = False
-
-        self.act(told)
+        self._written_put = number
+        self.act(lambda: None)
 
     def _guard(self, act: Callable[[], None]) -> None:
         """The guard does things in their order."""
