@@ -50,6 +50,9 @@ EVENTS = 1_000
 LEAVE = 3.0
 """Seconds that the end of the daemon waits for the peer to take over."""
 
+_DOUBTS = {"standby", "suspecting", "cut"}
+"""States between which a standby goes to and fro on a busy machine: what comes of it is told by alarms and takeovers."""
+
 log = structlog.get_logger("sapin.cluster")
 
 GuardFactory = Callable[[Cluster, Membership, bytes, int, int], AbstractAsyncContextManager[Guard]]
@@ -243,6 +246,9 @@ class Node:
             await trio.sleep(LOOK)
 
     def _happened(self, event: Event) -> None:
+        if event.name == "role" and {event.fields["before"], event.fields["state"]} <= _DOUBTS:
+            log.debug(event.name, **event.fields)
+            return
         self._events.append(_Noted(time.time(), event.name, event.fields))
         log.info(event.name, **event.fields)
 
