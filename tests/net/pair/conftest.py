@@ -1,4 +1,4 @@
-"""The lab of two balancers is built once, and so is Sapin's pair, which every scenario finds whole."""
+"""The lab of two balancers is built once for a module, and so is Sapin's pair, which every scenario finds whole."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.net.pair.lab import PairLab, open_lab
 from tests.net.pair.nodes import SapinPair
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def pair_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairLab]:
     """Clients, gateways and two nodes; nothing runs on the nodes."""
     with open_lab(tmp_path_factory.mktemp("pair")) as lab:
         yield lab
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def whole_pair(pair_lab: PairLab) -> Iterator[SapinPair]:
     """Sapin's pair, running."""
     pair = SapinPair(pair_lab)
