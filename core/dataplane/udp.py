@@ -172,11 +172,15 @@ class Forwarder:
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             until = self._clock() + HOLD
-            while events := self._epoll.poll(HOLD, EVENTS):
+            events = self._epoll.poll(
+                0, EVENTS
+            )  # nothing, if it was a watched one that its reader has seen to
+            while events:
                 self._round(events)
                 if self._give_way or self._clock() > until:
                     self._give_way = False
                     break
+                events = self._epoll.poll(HOLD, EVENTS)
 
     def _round(self, events: Sequence[tuple[int, int]]) -> None:
         """Look at the sockets that are readable, servers first."""

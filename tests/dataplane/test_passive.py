@@ -244,6 +244,25 @@ async def test_the_forwarder_gives_way_to_a_descriptor_that_is_watched(
         assert not plane.failures
 
 
+async def test_a_watched_descriptor_that_its_reader_has_seen_to_holds_nobody_up(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both tasks are woken by it; when the reader comes first, the forwarder must not wait for more in vain."""
+    monkeypatch.setattr(udp, "HOLD", 0.5)
+    async with running(plane_of(document(farm))) as plane:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            plane.forwarder.watch(ours.fileno())
+            began = trio.current_time()
+            for _ in range(20):
+                theirs.send(b"x")
+                await trio.lowlevel.wait_readable(ours.fileno())
+                ours.recv(1)
+                await trio.sleep(0.001)
+            assert trio.current_time() - began < 0.5
+            plane.forwarder.unwatch(ours.fileno())
+
+
 async def test_a_watched_descriptor_that_was_closed_is_no_trouble(farm: Farm) -> None:
     async with running(plane_of(document(farm))) as plane:
         ours, theirs = socket.socketpair()
