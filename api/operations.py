@@ -238,9 +238,10 @@ class Operations:
         One call deletes a page of them; ``next`` is where the next call goes on, ``None`` when all are done.
 
         Raises:
-            Refused: nothing is given, or the key or the cursor is none.
+            Refused: nothing is given, the key or the cursor is none, or this node is a standby.
             UnknownObject: there is no such service.
         """
+        self._check_active()
         if service is None and server is None and client is None and key is None:
             raise Refused("say which pins to delete: by service, server, client or key")
         if key is not None:
@@ -350,13 +351,14 @@ class Operations:
         """Enable, drain or disable a server; in every group that has it unless a service is named.
 
         Raises:
-            Refused: the state is none, or the new state is in force but could not be saved.
+            Refused: the state is none, this node is a standby, or the new state is in force but could not be saved.
             UnknownObject: there is no such service or server.
         """
         try:
             wanted = AdminState(state)
         except ValueError:
             raise Refused(f"{state!r} is not a state: it must be one of {', '.join(AdminState)}") from None
+        self._check_active()
         groups = list(self._groups(service))
         concerned = [group for group in groups if server in group.members] or groups[:1]
         if not concerned:
@@ -375,6 +377,12 @@ class Operations:
             "services": [service.name for group in concerned for service in group.services],
             "pinned": sum(group.members[server].pinned for group in concerned),
         }
+
+    def _check_active(self) -> None:
+        """Pins and states are the active node's to change; the standby would only lose what was changed here."""
+        reason = self._node.refuses_changes() if self._node is not None else None
+        if reason is not None:
+            raise Refused(reason)
 
     def reload(self) -> Row:
         """Read the configuration file again and make it the running one, whole or not at all.

@@ -363,15 +363,19 @@ class Node:
         session.found(here=state == "active")
         return None
 
-    def refuses_reload(self, text: str) -> str | None:
-        """Why a text is not to be brought into force on this node, if so."""
+    def refuses_changes(self) -> str | None:
+        """Why what the nodes share is not to be changed on this node, if so."""
         session = self.session
-        if session is None or session.pair.active or not self.sharing.changes_shared(text):
+        if session is None or session.pair.active:
             return None
         status = session.pair.status()
         if not status.connected:
             return None
-        return f"this node is the standby, and what the nodes share is changed on the active one: reload on {status.peer}"
+        return f"this node is the standby, and what the nodes share is changed on the active one: do it on {status.peer}"
+
+    def refuses_reload(self, text: str) -> str | None:
+        """Why a text is not to be brought into force on this node, if so."""
+        return self.refuses_changes() if self.sharing.changes_shared(text) else None
 
     def reloaded(self, text: str, cluster: Cluster) -> None:
         """A text was brought into force by this node's operator."""

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from sapin.api.operations import Operations
+from sapin.api.refused import Refused
 from sapin.cluster.membership import Folder
+from sapin.core.registry import Registry
 from tests.cluster.nodes import SHARED, Couple, couple
 from tests.cluster.pairs import until
 from tests.dataplane.farm import IKE, Farm, gateways, ike_message
@@ -53,6 +56,22 @@ async def test_a_reply_waits_for_the_peer_s_acknowledgement(farm: Farm, tmp_path
         assert pair.active.status["replication"]["acked"] >= before + 5
         assert pair.active.status["replication"]["ack_p50"] < 0.1
         assert pair.active.status["replication"]["desyncs"] == 0
+
+
+async def test_pins_and_states_are_the_active_node_s_to_change(farm: Farm, tmp_path: Path) -> None:
+    async with couple(farm, tmp_path) as (pair, _):
+        active, standby = (
+            Operations(half.plane, Registry(), tmp_path / "sapin.toml", half.node)
+            for half in (pair.active, pair.standby)
+        )
+        with pytest.raises(Refused, match="do it on lb-a"):
+            standby.set_state("gw1", "draining")
+        with pytest.raises(Refused, match="do it on lb-a"):
+            await standby.delete_pins(server="gw1")
+        active.set_state("gw1", "draining")
+        members = pair.standby.plane.snapshot.groups[IKE].members
+        await until(lambda: members["gw1"].admin == "draining")
+        assert (await active.delete_pins(server="gw1"))["deleted"] == 0
 
 
 async def test_a_planned_step_down_moves_the_role_and_back(farm: Farm, tmp_path: Path) -> None:
