@@ -7,6 +7,7 @@ be held against its neighbours (:mod:`sapin.core.config`), and one reading finds
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any, ClassVar, Literal
@@ -281,9 +282,9 @@ class Section(Table):
         As everywhere, a key that is absent or was refused is ``None``.
         """
 
+    @abstractmethod
     def build(self) -> object:
         """The frozen value that the section describes, once the document has no fault."""
-        raise NotImplementedError
 
 
 def with_sections(sections: Mapping[str, type[Section]]) -> tuple[type[Document], Tables]:
